@@ -1,0 +1,87 @@
+"""Rules for times: functions (sde, n) -> float64 `[n + 1]`, from t_max down to t_min, end points exact, strictly decreasing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .checks import check_count, check_number, shape_of
+from .linear import SDE, LinearSDE
+
+__all__ = ["interval", "karras", "logsnr", "quadratic", "uniform"]
+
+Grid = Callable[[LinearSDE, int], Tensor]
+
+
+def check_times(times: Tensor, sde: SDE) -> Tensor:
+    """Return `times` as float64 on the CPU when it is 1-D, finite, inside [t_min, t_max] and strictly monotone; raise otherwise.
+
+    A time outside by rounding alone (relative 1e-12) is set to the end point it meant.
+    """
+    if not isinstance(times, Tensor) or not times.is_floating_point() or times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"times is {shape_of(times)}; wanted a 1-D float tensor of at least two times: torch.tensor([...])")
+    times = times.detach().to("cpu", torch.float64)
+    if not bool(times.isfinite().all()):
+        raise ValueError(f"times has {int((~times.isfinite()).sum())} NaN or infinite entries; wanted finite times")
+    slack = 1e-12 * sde.t_max
+    if times.dtype is not torch.float64 or float(times.min()) < sde.t_min - slack or float(times.max()) > sde.t_max + slack:
+        raise ValueError(
+            f"times span [{times.min():.6g}, {times.max():.6g}], outside [{sde.t_min:g}, {sde.t_max:g}], where "
+            f"{type(sde).__name__} is regular; stay inside or give the SDE another t_min, t_max"
+        )
+    times = times.clamp(sde.t_min, sde.t_max)
+    steps = times.diff()
+    if not bool((steps < 0).all() | (steps > 0).all()):
+        i = int((steps * steps[0].sign() <= 0).int().argmax())
+        raise ValueError(
+            f"times are not strictly monotone: times[{i}] = {times[i]:.17g}, times[{i + 1}] = {times[i + 1]:.17g}; sort them and "
+            "drop duplicates: times.unique().flip(0)"
+        )
+    return times
+
+
+def _fractions(n: int) -> Tensor:
+    return torch.linspace(0, 1, check_count(n, "n") + 1, dtype=torch.float64)
+
+
+def _snap(times: Tensor, sde: LinearSDE) -> Tensor:
+    """End points to the bit: computed ones are off by rounding (Karras in float32 ends at 79.99998)."""
+    times[0], times[-1] = sde.t_max, sde.t_min
+    return check_times(times, sde)
+
+
+def uniform(sde: LinearSDE, n: int) -> Tensor:
+    """Uniform in t."""
+    return _snap(sde.t_max + _fractions(n) * (sde.t_min - sde.t_max), sde)
+
+
+def quadratic(sde: LinearSDE, n: int) -> Tensor:
+    """Uniform in sqrt(t): finer near t_min. Song et al. 2021 (DDIM, ICLR)."""
+    a, b = sde.t_max**0.5, sde.t_min**0.5
+    return _snap((a + _fractions(n) * (b - a)) ** 2, sde)
+
+
+def _ends(sde: LinearSDE) -> Tensor:
+    return sde.logsnr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64))
+
+
+def logsnr(sde: LinearSDE, n: int) -> Tensor:
+    """Uniform in logsnr. Lu et al. 2022 (DPM-Solver, NeurIPS)."""
+    a, b = _ends(sde)
+    return _snap(sde.time(a + _fractions(n) * (b - a)), sde)
+
+
+def karras(sde: LinearSDE, n: int, rho: float = 7.0) -> Tensor:
+    """Uniform in (sigma / alpha)^(1 / rho). Karras et al. 2022 (NeurIPS), eq. 5. `functools.partial(karras, rho=3)` for another rho."""
+    check_number(rho, "rho", 0.0, open_low=True)
+    a, b = (-_ends(sde) / 2 / rho).exp()
+    return _snap(sde.time(-2 * rho * (a + _fractions(n) * (b - a)).log()), sde)
+
+
+def interval(sde: LinearSDE, n: int = 1) -> Tensor:
+    """The two end points alone: the grid of an adaptive solver. n is 1."""
+    if check_count(n, "n") != 1:
+        raise ValueError(f"n is {n}; the interval grid has one step: an adaptive solver chooses its own inside")
+    return uniform(sde, 1)

@@ -1,0 +1,126 @@
+"""What the nets share: weights from a seed, the checks of a call, and the embedding of noise level and label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from scoresde.checks import check_count, shape_of
+
+__all__ = ["Conditioning", "check_call", "check_shape", "fourier", "seeded"]
+
+# c_noise = log(sigma / alpha) / 4 spans about [-3, 3]. A period of 2 pi / 0.5 covers that without a repeat; one of
+# 2 pi / 16 still resolves a factor of 5 in sigma, and no finer: high-order solvers need a net that is smooth in time.
+OMEGA_LOW, OMEGA_HIGH = 0.5, 16.0
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Build modules whose weights are a function of `seed` alone, on the CPU, with every global generator untouched.
+
+    Args:
+        seed: an integer in [0, 2**63), or None for fresh entropy.
+
+    Raises:
+        TypeError, ValueError: `seed` is neither.
+    """
+    if seed is not None and check_count(seed, "seed", 0) >= 2**63:
+        raise ValueError(f"seed is {seed}; wanted an integer below 2**63: seed % 2**63")
+    # The CPU generator alone is seeded, then restored: torch.manual_seed would reseed every accelerator as well.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        if seed is None:
+            torch.default_generator.seed()
+        else:
+            torch.default_generator.manual_seed(seed)
+        yield
+
+
+def fourier(c: Tensor, features: int) -> Tensor:
+    """Embed a number as sqrt(2) [sin(omega c), cos(omega c)] with log-spaced omega (Vaswani et al. 2017, section 3.5).
+
+    Args:
+        c: [B] float32 or float64; the arithmetic stays in this dtype.
+        features: an even number, the length of the embedding.
+
+    Returns:
+        [B, features], each entry of mean square 1 over a period.
+    """
+    low, high = math.log(OMEGA_LOW), math.log(OMEGA_HIGH)
+    omega = torch.linspace(low, high, features // 2, dtype=c.dtype, device=c.device).exp()
+    angle = c[:, None] * omega
+    return math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class Conditioning(nn.Module):
+    """Embed the noise level, and the label where there are classes: e = silu(W2 silu(W1 fourier(c) + label)).
+
+    Args:
+        features: even length of the Fourier embedding.
+        width: length of the result.
+        classes: number of labels, 0 for none. Row 0 of the table is "no label"; label k is row k + 1.
+    """
+
+    def __init__(self, features: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.features = features
+        self.classes = check_count(classes, "classes", 0)
+        self.first = nn.Linear(features, width)
+        self.second = nn.Linear(width, width)
+        self.labels = nn.Embedding(classes + 1, width) if classes else None
+
+    def forward(self, c_noise: Tensor, cond: Tensor | None) -> Tensor:
+        """Return the embedding [B, width] of c_noise [B] and cond (None, or labels [B]), in the dtype of the weights."""
+        # bfloat16 has 8 bits, so neighbouring noise levels would share an embedding: only the features are cast.
+        e = self.first(fourier(c_noise, self.features).to(self.first.weight.dtype))
+        if self.labels is not None:
+            e = e + (self.labels.weight[0] if cond is None else self._look_up(self.labels, cond))
+        return silu(self.second(silu(e)))
+
+    def _look_up(self, labels: nn.Embedding, cond: Tensor) -> Tensor:
+        # The look-up is itself the range check: no pass over the labels, no sync, and it works under vmap.
+        try:
+            return labels(cond + 1)
+        except IndexError as error:
+            wanted = f"0 ... {self.classes - 1}, or -1 for no label"
+            raise ValueError(f"cond has labels out of range; wanted {wanted}: build the net with more classes") from error
+
+
+def check_call(x: Any, c_noise: Any, cond: Any, shape: tuple[int, ...], classes: int, dtype: torch.dtype) -> None:
+    """Raise unless x is [B, *shape] in the net's dtype, c_noise [B] float32 or float64, cond None or int64 [B].
+
+    The range of the labels is left to the look-up in `Conditioning`.
+    """
+    wanted = f"[B, {', '.join(map(str, shape))}]"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is {shape_of(x)}; wanted a tensor {wanted}: torch.as_tensor(...) makes one")
+    if x.shape[1:] != shape or x.ndim != len(shape) + 1:
+        raise ValueError(f"x is {shape_of(x)}; wanted {wanted}: reshape x, or build the net with another shape")
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x is {shape_of(x)}; the weights are {dtype}: net.to(x.dtype), or x.to({dtype})")
+    if not isinstance(c_noise, Tensor) or c_noise.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"c_noise is {shape_of(c_noise)}; wanted a float32 or float64 tensor [B]: c_noise.float()")
+    if c_noise.shape != x.shape[:1]:
+        raise ValueError(f"c_noise is {shape_of(c_noise)}; wanted [{len(x)}], one a row of x: c_noise.expand(len(x))")
+    if cond is None:
+        return
+    if not classes:
+        raise ValueError("cond was given to a net without classes; wanted None: build the net with classes=...")
+    if not isinstance(cond, Tensor) or cond.dtype != torch.int64:
+        raise TypeError(f"cond is {shape_of(cond)}; wanted an int64 tensor of labels [B]: cond.long()")
+    if cond.shape != x.shape[:1]:
+        raise ValueError(f"cond is {shape_of(cond)}; wanted [{len(x)}], one a row of x: cond.expand(len(x))")
+
+
+def check_shape(shape: Any) -> tuple[int, ...]:
+    """Return the shape of one sample as a tuple of positive integers; the integer n is (n,)."""
+    if isinstance(shape, int):
+        shape = (shape,)
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or not shape:
+        raise TypeError(f"shape is {shape!r}; wanted the shape of one sample, without the batch: shape=(1, 8, 8)")
+    return tuple(check_count(n, f"shape[{i}]") for i, n in enumerate(shape))

@@ -1,0 +1,186 @@
+"""A small U-Net for images of any size and number of channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate, silu, softmax
+
+from scoresde.checks import check_count, check_number
+from scoresde.nets.embed import Conditioning, check_call, check_shape, seeded
+
+__all__ = ["UNet"]
+
+HALF = math.sqrt(0.5)  # a sum of two branches keeps its variance (Song et al. 2021, appendix H: skip rescaling)
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+class UNet(nn.Module):
+    """U-Net in the manner of DDPM++: residual blocks, a skip for each block going down, one mean-pooling a level.
+
+    Level l has channels * multipliers[l] channels at 1 / 2^l of the size, rounded up: a pool over an odd side averages
+    what is there (as if the edge were repeated) and the way up crops, so every size works. The last layer of every
+    branch and of the net starts at zero, so a fresh net returns 0. `config` holds the arguments: `UNet(**net.config)`
+    rebuilds it.
+
+    Args:
+        shape: (C, H, W) of one image.
+        channels: channels of the first level, at least 4; a multiple of 8 is fastest.
+        multipliers: one a level.
+        blocks: residual blocks a level and direction.
+        attention: the levels (indices of `multipliers`) with self-attention after each block.
+        dropout: probability within the blocks while training; the only part that draws from the global generator.
+        classes: number of labels, 0 for an unconditional net.
+        seed: the weights are a function of it; None draws fresh ones. No global generator is touched.
+
+    Raises:
+        TypeError, ValueError: an argument is not what is said above.
+
+    Source: Ho et al. 2020, appendix B; Song et al. 2021 (score SDE), appendix H.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        channels: int = 32,
+        multipliers: Sequence[int] = (1, 2),
+        blocks: int = 1,
+        attention: Sequence[int] = (),
+        dropout: float = 0.0,
+        classes: int = 0,
+        seed: int | None = 0,
+    ) -> None:
+        super().__init__()
+        self.shape = check_shape(shape)
+        if len(self.shape) != 3:
+            raise ValueError(f"shape is {shape}; wanted (C, H, W), as in (1, 8, 8); nets.MLP takes any other shape")
+        check_count(channels, "channels", 4)
+        if not isinstance(multipliers, Sequence) or not multipliers:
+            raise TypeError(f"multipliers is {multipliers!r}; wanted one integer a level, as in (1, 2)")
+        widths = [channels * check_count(m, f"multipliers[{i}]") for i, m in enumerate(multipliers)]
+        self.per_level = check_count(blocks, "blocks")
+        levels = range(len(widths))
+        if not isinstance(attention, Sequence) or any(level not in levels for level in attention):
+            raise ValueError(f"attention is {attention!r}; wanted levels among {list(levels)}, as in (1,), or () for none")
+        check_number(dropout, "dropout", 0, 1)
+        self.config: dict[str, Any] = {
+            "shape": list(self.shape),
+            "channels": channels,
+            "multipliers": list(multipliers),
+            "blocks": blocks,
+            "attention": list(attention),
+            "dropout": dropout,
+            "classes": classes,
+            "seed": seed,
+        }
+
+        def block(fan_in: int, level: int) -> _Block:
+            return _Block(fan_in, widths[level], 4 * channels, dropout, level in attention)
+
+        with seeded(seed):
+            self.condition = Conditioning(2 * channels, 4 * channels, classes)
+            self.enter = nn.Conv2d(self.shape[0], widths[0], 3, padding=1)
+            self.down, self.narrow, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+            width = widths[0]
+            for level in levels:
+                for _ in range(blocks):
+                    self.down.append(block(width, level))
+                    width = widths[level]
+            self.middle = block(width, levels[-1])
+            for level in reversed(levels):
+                # Narrowed before it grows: the first convolution of the finer level, the dearest one, sees fewer channels.
+                self.narrow.append(nn.Conv2d(width, widths[level], 1) if width != widths[level] else nn.Identity())
+                width = widths[level]
+                self.up.extend(block(2 * width, level) for _ in range(blocks))
+            self.norm = _norm(width)
+            self.leave = _zero(nn.Conv2d(width, self.shape[0], 3, padding=1))
+        self.to(torch.get_default_device())
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Return the net's output, of the shape and dtype of x.
+
+        Args:
+            x: [B, C, H, W] in the dtype of the weights.
+            c_noise: [B] float32 or float64, a smooth number of the noise level such as log(sigma / alpha) / 4.
+            cond: None, or int64 labels [B] in 0 ... classes - 1, with -1 for a row without a label.
+
+        Raises:
+            TypeError, ValueError: an argument is not what is said above. Labels out of range raise on the CPU; on an
+                accelerator they trip its own index assertion, since reading them here would cost a sync at every call.
+        """
+        check_call(x, c_noise, cond, self.shape, self.condition.classes, self.enter.weight.dtype)
+        e = self.condition(c_noise, cond)
+        h = self.enter(x)
+        if h.device.type == "cpu":
+            # Channels last from here on: a third faster. Spelled with permute because vmap refuses memory_format=, and
+            # on the activations because safetensors and parameters_to_vector refuse weights that are not contiguous.
+            h = h.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        skips = []
+        for i, block in enumerate(self.down):
+            if i and i % self.per_level == 0:
+                h = avg_pool2d(h, 2, ceil_mode=True)
+            h = block(h, e)
+            skips.append(h)
+        h = self.middle(h, e)
+        for i, block in enumerate(self.up):
+            skip = skips.pop()
+            level, later = divmod(i, self.per_level)
+            if not later:
+                h = self.narrow[level](h)
+                if level:
+                    h = interpolate(h, scale_factor=2.0, mode="nearest")[..., : skip.shape[2], : skip.shape[3]]
+            h = block(torch.cat([h, skip], dim=1), e)
+        return self.leave(silu(self.norm(h)))
+
+
+class _Block(nn.Module):
+    def __init__(self, fan_in: int, width: int, emb: int, dropout: float, attention: bool) -> None:
+        super().__init__()
+        self.norm1 = _norm(fan_in)
+        self.conv1 = nn.Conv2d(fan_in, width, 3, padding=1)
+        self.film = nn.Linear(emb, 2 * width)
+        self.norm2 = _norm(width, affine=False)  # film has the scale and the shift
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(width, width, 3, padding=1))
+        self.skip = nn.Conv2d(fan_in, width, 1) if fan_in != width else nn.Identity()
+        self.attention = _Attention(width) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        h = self.conv1(silu(self.norm1(x)))
+        scale, shift = self.film(e)[:, :, None, None].chunk(2, dim=1)
+        h = silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        h = self.conv2(self.dropout(h))
+        return self.attention((self.skip(x) + h) * HALF)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = _norm(width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = _zero(nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)  # [B, width, H W] each
+        # Written out: scaled_dot_product_attention has no forward-mode derivative, and divergences are taken by jvp.
+        # q is scaled before the product, which overflows float16 otherwise.
+        weight = softmax((q * q.shape[1] ** -0.5).mT @ k, dim=-1)
+        h = (v @ weight.mT).reshape(x.shape)
+        return (x + self.out(h)) * HALF
+
+
+def _norm(width: int, affine: bool = True) -> nn.GroupNorm:
+    # At least 8 channels a group: narrower groups do not fill a vector register and cost up to 5 times as much.
+    groups = max(g for g in range(1, width // 8 + 1) if width % g == 0) if width >= 8 else 1
+    return nn.GroupNorm(groups, width, affine=affine)
+
+
+def _zero(layer: Layer) -> Layer:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

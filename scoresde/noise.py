@@ -1,0 +1,439 @@
+"""Where randomness comes from: one generator, seeds a sample, or a Brownian path a sample; never a global generator.
+
+A seeded draw is a function of (seed, stream, draw, element) and of nothing else. It is made of integer operations and of
+the float64 ones that IEEE 754 rounds exactly (+ - * / sqrt), one torch call each, so that no library's log or cos and no
+fused multiply-add enters: any CPU, vector width, thread count, chunk and GPU gives the same bits. They are settled for ever.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+import secrets
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import STATE_DTYPES, check_count, check_number, check_rows, check_state, check_time, shape_of
+
+__all__ = ["Noise", "brownian", "entropy_seeds", "gaussian", "seeded"]
+
+INITIAL, STEP, CORRECTOR, PROBE, DEQUANTIZE, BROWNIAN = range(6)  # the streams of a seed; 6, 7, ... are free
+
+CHUNK = 2**14  # Philox blocks at a time on a CPU, 65536 draws: large beside a call, small beside the cache (measured)
+LEVELS = 32  # depth of the Brownian tree: leaves of 2^-32 of the interval
+REUSED = 16  # levels of the last descent that are kept: neighbouring times share the upper ones
+BITS = 46  # times are rounded to 2^-46 of the interval, a tick: those that differ by rounding are one time
+
+
+def _constants(dtype: torch.dtype, *values: float) -> tuple[Tensor, ...]:
+    """0-dim CPU tensors: such an operand is a scalar on any device, and its call costs half of a Python number's."""
+    return torch.tensor(values, dtype=dtype, device="cpu").unbind()
+
+
+WORD, SIGN, ANGLE, ROOT_HALF = _constants(torch.int64, 2**32 - 1, -(2**63), 2**30 - 1, 0x3FE6A09E667F3BCD)
+S32, S33, S52, S63, M0, M1 = _constants(torch.int64, 32, 33, 52, 63, 0xD2511F53, 0xCD9E8D57)
+WEYL = torch.tensor([[r * 0x9E3779B9, r * 0xBB67AE85] for r in range(10)], device="cpu")[:, :, None, None]
+ONE, HALF, UNIT, CENTRE, TURN = _constants(torch.float64, 1, 0.5, 2.0**-32, 2**29 - 0.5, math.pi * 2.0**-31)
+LOG = _constants(torch.float64, *(-4 / k for k in range(21, 0, -2)), -2 * 0.6931471805599453)  # of atanh, and log 2
+SIN = _constants(torch.float64, *((-1) ** (k // 2) / math.factorial(k) for k in range(17, 0, -2)))
+
+
+def _rounds(keys: Tensor, index: Tensor, stream: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox4x32-10 of (block, index low, index high, stream): words (0, 2) and words (1, 3), each `[2, B, blocks]`."""
+    rows, columns = len(index), len(blocks)
+    if rows > columns:  # the longer dimension is the inner one in memory: the keys broadcast along the other
+        a, b, p = index.new_empty(3, 2, columns, rows).transpose(2, 3)
+    else:
+        a, b, p = index.new_empty(3, 2, rows, columns)
+    (a0, a1), (b0, b1), (p0, p1) = a, b, p
+    a0.copy_(blocks)
+    a1.copy_((index >> S32)[:, None]).bitwise_and_(WORD)
+    b0.copy_(index[:, None])
+    b1.fill_(stream)
+    for key in keys:
+        torch.mul(a0, M0, out=p1)  # wraps modulo 2^64
+        torch.mul(a1, M1, out=p0)
+        torch.bitwise_right_shift(p, S32, out=a)
+        a.bitwise_xor_(b).bitwise_xor_(key).bitwise_and_(WORD)  # b and key are right in their low 32 bits alone
+        b, p, p0, p1, b0, b1 = p, b, b0, b1, p0, p1
+    return a, b.bitwise_and_(WORD)
+
+
+def _chunks(key: Tensor, index: Tensor | int, stream: int, n: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Yield (rows, blocks, words (0, 2), words (1, 3)) until every row has n words, a chunk at a time."""
+    index = index if isinstance(index, Tensor) else torch.full_like(key, index)
+    keys = torch.stack((key & WORD, key >> S32))[:, :, None] + WEYL.to(key.device)
+    total, size = -(-n // 4), CHUNK if key.device.type == "cpu" else 2**22
+    tall = max(1, size // max(total, 1))
+    for rows in (slice(i, i + tall) for i in range(0, len(key), tall)):
+        for columns in (slice(i, min(i + size, total)) for i in range(0, total, size)):
+            blocks = torch.arange(columns.start, columns.stop, device=key.device)
+            yield rows, columns, *_rounds(keys[:, :, rows], index[rows], stream, blocks)
+
+
+def philox(key: Tensor, index: Tensor | int, stream: int, n: int) -> Tensor:
+    """The first n 32-bit words of each row's (seed, stream, index), as int64 `[B, n]`, on the device of key.
+
+    Word j is word j % 4 of Philox4x32-10 at the counter (j // 4, index low, index high, stream), so it does not depend on n.
+
+    Args: key, the seeds, int64 `[B]` (two's complement); index, the draw or tree node, int64 `[B]` or an int; stream, n: ints.
+    Source: Salmon, Moraes, Dror and Shaw, 2011.
+    """
+    words = key.new_empty(len(key), -(-n // 4), 2, 2)
+    for rows, columns, a, b in _chunks(key, index, stream, n):
+        words[rows, columns, :, 0], words[rows, columns, :, 1] = a.permute(1, 2, 0), b.permute(1, 2, 0)
+    return words.flatten(1)[:, :n]
+
+
+def _unit(words: Tensor) -> Tensor:
+    """(w + 1/2) / 2^32, uniform in (0, 1), exact in float64."""
+    return words.double().add_(HALF).mul_(UNIT)
+
+
+def _minus_two_log(u: Tensor) -> Tensor:
+    """-2 log u for normal float64 u: u = m 2^e with m in [sqrt(1/2), sqrt 2), and log m = 2 atanh((m - 1) / (m + 1))."""
+    bits = u.view(torch.int64)
+    e = (bits - ROOT_HALF).bitwise_right_shift_(S52)
+    m = (bits - e.bitwise_left_shift(S52)).view(torch.float64)
+    ratio = (m - ONE).div_(m.add_(ONE))
+    square = ratio * ratio
+    first, *rest, last, log_2 = LOG  # |ratio| < 0.172: the first term left out is below 2^-60
+    series = square * first
+    for coefficient in rest:
+        series.add_(coefficient).mul_(square)
+    return series.add_(last).mul_(ratio).add_(e.double().mul_(log_2))
+
+
+def _cos_sin(words: Tensor) -> tuple[Tensor, Tensor]:
+    """A point of the circle: 30 bits are an angle in (-pi/4, pi/4), bit 30 exchanges cos and sin, bit 31 negates both."""
+    angle = (words & ANGLE).double().sub_(CENTRE).mul_(TURN)
+    square = angle * angle
+    first, *rest, last = SIN
+    sin = square * first
+    for coefficient in rest:
+        sin.add_(coefficient).mul_(square)
+    sin.add_(last).mul_(angle)
+    cos = (ONE - sin * sin).sqrt_()  # sin^2 <= 1/2: nothing cancels
+    c, s = cos.view(torch.int64), sin.view(torch.int64)
+    flip = (c ^ s).bitwise_and_((words << S33).bitwise_right_shift_(S63)).bitwise_xor_((words << S32).bitwise_and_(SIGN))
+    c.bitwise_xor_(flip)
+    s.bitwise_xor_(flip)
+    return cos, sin
+
+
+def _normals(key: Tensor, index: Tensor | int, stream: int, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normals `[B, n]` from words (0, 1) and (2, 3) of each block, in float64, then cast (Box and Muller, 1958)."""
+    z = torch.empty(len(key), -(-n // 4), 2, 2, dtype=dtype, device=key.device)
+    for rows, columns, a, b in _chunks(key, index, stream, n):
+        radius, (cos, sin) = _minus_two_log(_unit(a)).sqrt_(), _cos_sin(b)
+        z[rows, columns, :, 0], z[rows, columns, :, 1] = cos.mul_(radius).permute(1, 2, 0), sin.mul_(radius).permute(1, 2, 0)
+    return z.flatten(1)[:, :n]
+
+
+class Noise(ABC):
+    """A source of randomness: the start, the noise of a step, and whatever else one solve draws.
+
+    x is the state `[B, *shape]`; t and s are times, () or `[B, 1, ..., 1]`; results have the dtype and device of x. The same
+    call again gives fresh draws, except that a Brownian path is one path for ever. A stream is one of the constants above.
+    """
+
+    @abstractmethod
+    def draw(self, x: Tensor, stream: int) -> Tensor:
+        """Unit normal like x that belongs to no interval: a corrector's, say."""
+
+    @abstractmethod
+    def signs(self, x: Tensor, stream: int) -> Tensor:
+        """Independent +1 and -1 like x, each with probability 1/2 (Rademacher)."""
+
+    @abstractmethod
+    def uniform(self, x: Tensor, stream: int) -> Tensor:
+        """Uniform in (0, 1) like x: neither end is reached, in float32 either."""
+
+    @abstractmethod
+    def select(self, index: Any) -> Noise:
+        """The noise of these rows (slice, list, LongTensor or mask): its later draws are those these rows would have got."""
+
+    def initial(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+        """Standard normal of shape (B, *shape), drawn in float64 and cast: the start, the same for every solver.
+
+        Raises: TypeError for a dtype other than float32 and float64 or a shape not of integers; ValueError for one without B.
+        """
+        if dtype not in STATE_DTYPES or not isinstance(shape, Sequence):
+            raise TypeError(f"initial({shape}, {dtype}); wanted the whole shape (B, *shape) and torch.float32 or torch.float64")
+        sizes = [check_count(size, "a size in shape", 0) for size in shape]
+        return self.draw(torch.empty(sizes, dtype=torch.float64, device=device), INITIAL).to(dtype)
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Unit normal like x for the interval t -> s: (W_s - W_t) / sqrt|s - t|."""
+        _gap(x, t, s)
+        return self.draw(x, STEP)
+
+    def pair(self, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The increment dW = W_s - W_t and its integral dZ = int (W_u - W_t) d|u - t| over t -> s, jointly exact.
+
+        With h = |s - t|: dW = sqrt(h) z1 and dZ = h^(3/2) / 2 (z1 + z2 / sqrt 3), so that Var dW = h, Var dZ = h^3 / 3,
+        Cov = h^2 / 2. Source: Kloeden and Platen, 1992, section 10.4.
+        """
+        h, like = _gap(x, t, s).abs(), torch.empty_like(x, dtype=torch.float64)
+        root, z1, z2 = h.sqrt(), self.draw(like, STEP), self.draw(like, STEP)
+        return (root * z1).to(x.dtype), (h * root * HALF * (z1 + z2 * (1 / math.sqrt(3)))).to(x.dtype)
+
+
+def _gap(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """s - t in float64, on the device of x where it has rows."""
+    check_state(x)
+    gap = check_time(s, x, "s").detach().double() - check_time(t, x).detach().double()
+    return gap.to(x.device) if gap.ndim else gap
+
+
+def _check(x: Tensor, stream: Any) -> Tensor:
+    if check_count(stream, "stream", 0) == BROWNIAN or stream >= 2**32:
+        raise ValueError(f"stream is {stream}; wanted one in [0, 2^32) other than {BROWNIAN}, the Brownian path's own")
+    return check_state(x)
+
+
+def _inside(u: Tensor) -> Tensor:
+    return u.clamp_(2.0**-33, 1 - torch.finfo(u.dtype).eps / 2)  # float32 rounds 1 - 2^-33 to 1
+
+
+class _Gaussian(Noise):
+    def __init__(self, generator: torch.Generator):
+        self._by: Any = {"generator": generator, "device": generator.device}
+
+    def draw(self, x: Tensor, stream: int) -> Tensor:
+        return torch.randn(_check(x, stream).shape, dtype=x.dtype, **self._by).to(x.device)
+
+    def signs(self, x: Tensor, stream: int) -> Tensor:
+        return torch.randint(0, 2, _check(x, stream).shape, **self._by).to(x).mul_(2).sub_(1)
+
+    def uniform(self, x: Tensor, stream: int) -> Tensor:
+        return _inside(torch.rand(_check(x, stream).shape, dtype=x.dtype, **self._by).to(x.device))
+
+    def select(self, index: Any) -> Noise:
+        return self
+
+
+class _Seeded(Noise):
+    def __init__(self, key: Tensor):
+        self._key, self._draws, self._kind = key, Counter(), None
+        self._ahead: dict[int, tuple[int, Tensor]] = {}  # stream: (a draw, that draw and the next ones)
+
+    def _next(self, x: Tensor, stream: int) -> tuple[int, int]:
+        """(elements a row, number of this draw)."""
+        n = self._rows(_check(x, stream))
+        self._draws[stream] += 1
+        return n, self._draws[stream] - 1
+
+    def _rows(self, x: Tensor) -> int:
+        check_rows(self._key, len(x), "seeds")
+        self._key = self._key.to(x.device)
+        return math.prod(x.shape[1:])
+
+    def draw(self, x: Tensor, stream: int) -> Tensor:
+        n, draw = self._next(x, stream)
+        first, ahead = self._ahead.get(stream, (0, x[:0]))
+        like = (x.shape, x.dtype, x.device)
+        if not (first <= draw < first + len(ahead) and like == (ahead.shape[1:], ahead.dtype, ahead.device)):
+            # A small draw is all call overhead: after the first, several are made at once. They are the same draws.
+            count = max(1, min(16, 4 * CHUNK // max(x.numel(), 1))) if draw else 1
+            index = torch.arange(draw, draw + count, device=x.device).repeat_interleave(len(x))
+            z = _normals(self._key.repeat(count), index, stream, n, x.dtype)
+            first, ahead = self._ahead[stream] = draw, z.reshape(count, *x.shape)
+        return ahead[draw - first].clone() if len(ahead) > 1 else self._ahead.pop(stream)[1][0]
+
+    def signs(self, x: Tensor, stream: int) -> Tensor:
+        n, draw = self._next(x, stream)
+        words = philox(self._key, draw, stream, -(-n // 32))  # element j is bit j % 32 of word j // 32
+        bits = (words[:, :, None] >> torch.arange(32, device=x.device)).bitwise_and_(1).flatten(1)[:, :n]
+        return bits.to(x.dtype).mul_(-2).add_(1).reshape(x.shape)
+
+    def uniform(self, x: Tensor, stream: int) -> Tensor:
+        n, draw = self._next(x, stream)
+        return _inside(_unit(philox(self._key, draw, stream, n)).to(x.dtype)).reshape(x.shape)
+
+    def select(self, index: Any) -> Noise:
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index, device=self._key.device)
+            if index.ndim != 1:
+                raise TypeError(f"index is {shape_of(index)}; wanted rows of the batch: a slice, [3] or a LongTensor [n]")
+            index = index if len(index) else index.long()  # an empty list arrives as floats
+        noise = copy.copy(self)
+        noise._key, noise._draws, noise._ahead, noise._kind = self._key[index], self._draws.copy(), {}, None
+        return noise
+
+
+class _Brownian(_Seeded):
+    """A node of the tree holds W, the increment over its interval [a, a + h], and its space-time Levy area H.
+
+    H = 1/h int (W_u - W_a - (u - a) / h W) du ~ N(0, h / 12), independent of W, and int (W_u - W_a) du = h (W / 2 + H).
+    """
+
+    def __init__(self, key: Tensor, low: float, high: float):
+        super().__init__(key)
+        self._low, self._high = low, high
+        self._kind: Any = None  # (elements a row, device): what the two caches hold for
+        self._path: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []  # the last descent: (node, W, H, W_a, J_a)
+        self._known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # the last two times: (W, J)
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        gap, (w_t, _), (w_s, _), _ = self._ends(x, t, s)
+        return ((w_s - w_t) * gap.abs().sqrt_().reciprocal_()).to(x.dtype).reshape(x.shape)
+
+    def pair(self, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        gap, (w_t, j_t), (w_s, j_s), length = self._ends(x, t, s)
+        dz = (j_s - j_t - w_t * length) * gap.sign()  # downwards d|u - t| = -du
+        return (w_s - w_t).to(x.dtype).reshape(x.shape), dz.to(x.dtype).reshape(x.shape)
+
+    def _ends(self, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Any, Any, Any]:
+        """s - t as given, (W, J) at t, (W, J) at s, and s - t between ticks."""
+        gap = _gap(x, t, s)
+        if bool((gap == 0).any()):
+            raise ValueError(f"t = s in {int((gap == 0).sum())} of {gap.numel()} intervals; wanted t != s: a corrector uses draw()")
+        kind = (self._rows(x), x.device)
+        if kind != self._kind:
+            self._kind, self._path, self._known = kind, [], {}
+        a, b = self._ticks(t), self._ticks(s)
+        length = (self._number(b) - self._number(a)) * ((self._high - self._low) * 2.0**-BITS)
+        return gap.reshape(-1, 1) if gap.ndim else gap, self._at(a), self._at(b), length
+
+    def _ticks(self, t: Tensor) -> tuple[int, ...]:
+        """(t - t_min) / (t_max - t_min) in ticks: one number where all rows agree, else one a row."""
+        low, high, times = self._low, self._high, t.detach().double().flatten().tolist()
+        slack = 1e-12 * max(abs(low), abs(high))
+        for time in times:
+            if not low - slack <= time <= high + slack:
+                raise ValueError(f"time {time!r} is outside the path's [{low!r}, {high!r}]; wanted float64 times inside, "
+                                 "as of brownian(seeds, sde.t_min, sde.t_max)")  # fmt: skip
+        ticks = tuple(min(max(round((time - low) / (high - low) * 2**BITS), 0), 2**BITS) for time in times)
+        return ticks[:1] if len(set(ticks)) == 1 else ticks
+
+    def _number(self, ticks: tuple[int, ...]) -> Any:
+        """A float, or float64 `[B, 1]`: what follows rounds both alike."""
+        one = len(ticks) == 1
+        return float(ticks[0]) if one else torch.tensor(ticks, dtype=torch.float64, device=self._key.device)[:, None]
+
+    def _at(self, ticks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """W and J = int W du from t_min to these ticks, float64 `[B, n]`: functions of the seeds and the ticks alone."""
+        value = self._known.pop(ticks, None) or self._descend(ticks)
+        self._known = {**dict([*self._known.items()][-1:]), ticks: value}
+        return value
+
+    def _splits(self, ticks: tuple[int, ...], levels: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """The two normals of every node on the way down, those of several levels at once where the batch is small."""
+        n, rows = self._kind[0], len(self._key)
+        some = max(1, 2 * CHUNK // max(1, rows * n))
+        leaf = torch.tensor([2**BITS + k for k in ticks], dtype=torch.int64, device=self._key.device).expand(rows)
+        for part in (levels[i : i + some] for i in range(0, len(levels), some)):
+            nodes = torch.cat([leaf >> (BITS - level) for level in part])
+            z = _normals(self._key.repeat(len(part)), nodes, BROWNIAN, 2 * n).view(len(part), rows, n, 2)
+            yield from zip(z[..., 0], z[..., 1], strict=True)
+
+    def _descend(self, ticks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Down from the root, or from the last descent's lowest node that holds the time, to a leaf or a node's left end."""
+        h, n, path, level = self._high - self._low, self._kind[0], self._path, 0
+        if not path:
+            z = _normals(self._key, 0, BROWNIAN, 2 * n).view(-1, n, 2)
+            zero = torch.zeros_like(z[..., 0])
+            path.append((1, z[..., 0] * math.sqrt(h), z[..., 1] * math.sqrt(h / 12), zero, zero))
+        u = self._number(ticks) * 2.0**-BITS
+        one, number = (True, float) if isinstance(u, float) else (False, Tensor.double)
+        while one and level + 1 < len(path) and path[level + 1][0] == 2**BITS + ticks[0] >> BITS - level - 1:
+            level += 1
+        _, w, area, w_a, j_a = path[level]
+        last = number(u == 1)  # the right end of the path: all of it lies behind, and nothing is left to descend
+        w_a, j_a = w_a + last * w, j_a + last * h * (w / 2 + area)
+        h, u = h * 2.0**-level, (u - last) * 2.0**level % 1.0
+        depth = max((BITS + 1 - (k & -k).bit_length() for k in ticks if k), default=0)
+        levels = range(level, min(depth, LEVELS))
+        for level, (z1, z2) in zip(levels, self._splits(ticks, levels), strict=True):
+            # Given W and H: the left minus the right half's W, then the sum and the difference of their H.
+            delta = 3 * area + math.sqrt(h) / 2 * z1
+            both, tilt = 2 * area - delta / 2, math.sqrt(h / 12) * z2
+            right, h = number(u >= 0.5), h / 2
+            if not one or right:
+                w_left = (w + delta) / 2
+                j_a = j_a + right * h * (w_a + w_left / 2 + (both + tilt) / 2)
+                w_a = w_a + right * w_left
+            side = 1 - 2 * right
+            w, area, u = (w + side * delta) / 2, (both + side * tilt) / 2, 2 * u - right
+            if one and level + 1 < REUSED:
+                path[level + 1 :] = [(2**BITS + ticks[0] >> BITS - level - 1, w, area, w_a, j_a)]
+        # Below the leaf, the mean of the path given W and H: the parabola W u + 6 H u (1 - u), and its integral.
+        return w_a + u * (w + 6 * (1 - u) * area), j_a + h * u * (w_a + u * (w / 2 + (3 - 2 * u) * area))
+
+
+def _keys(seeds: Any) -> Tensor:
+    """The seeds as int64 `[B]` in two's complement."""
+    if isinstance(seeds, Tensor):
+        if seeds.ndim != 1 or seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
+            raise TypeError(f"seeds is {shape_of(seeds)}; wanted integers, one a row: range(B) or a LongTensor [B]")
+        seeds = seeds.tolist()
+    if isinstance(seeds, (str, bytes)) or not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds is {seeds!r} ({type(seeds).__name__}); wanted one seed a row: range(B), or [17] for one row")
+    keys = []
+    for i, seed in enumerate(seeds):
+        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+            raise TypeError(f"seeds[{i}] is {seed!r} ({type(seed).__name__}); wanted an integer in [0, 2^64): int(seed)")
+        if not 0 <= operator.index(seed) < 2**64:
+            raise ValueError(f"seeds[{i}] is {seed}; wanted an integer in [0, 2^64): seed % 2**64")
+        keys.append(operator.index(seed) - (operator.index(seed) >= 2**63) * 2**64)
+    return torch.tensor(keys, dtype=torch.int64, device="cpu")
+
+
+def entropy_seeds(n: int) -> list[int]:
+    """n consecutive seeds from fresh entropy of the operating system, for a caller who gave none.
+
+    Raises: TypeError or ValueError when n is not an integer of at least 0.
+    """
+    first = secrets.randbelow(2**64 - check_count(n, "n", 0) + 1)
+    return list(range(first, first + n))
+
+
+def gaussian(generator: torch.Generator) -> Noise:
+    """Noise from one torch.Generator: fast, and dependent on batch mates (B, their order and microbatches), seeds are not.
+
+    `select` returns the same source, which draws for whatever batch it meets. Draws are made on the generator's device.
+
+    Raises: TypeError when this is not a torch.Generator.
+    """
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is {shape_of(generator)}; wanted a torch.Generator: torch.Generator().manual_seed(0)")
+    return _Gaussian(generator)
+
+
+def seeded(seeds: Sequence[int] | Tensor) -> Noise:
+    """Noise that is a function of (seed, stream, draw, element): a row's never depends on its batch mates.
+
+    Args: seeds, one integer in [0, 2^64) a row: a range, a list or an integer tensor `[B]`. Equal seeds give equal rows.
+
+    Raises: TypeError for what is not integers, ValueError for one out of range and, later, for an x with other than B rows.
+
+    >>> x = torch.zeros(3, 2)
+    >>> torch.equal(seeded([5, 6, 7]).draw(x, PROBE)[1:2], seeded([6]).draw(x[1:2], PROBE))
+    True
+    """
+    return _Seeded(_keys(seeds))
+
+
+def brownian(seeds: Sequence[int] | Tensor, t_min: float, t_max: float) -> Noise:
+    """Noise from one Brownian path a row over [t_min, t_max]: any intervals, in any order, are increments of that path.
+
+    The path is a virtual tree of dyadic intervals, each with its increment and space-time Levy area, 32 levels deep, whose
+    normals are functions of (seed, node). Below a leaf the path is its conditional mean, so intervals near
+    2^-32 (t_max - t_min) are smoother than a path. A time that is no dyadic fraction costs 64 normals an element, one that is
+    k / 2^d costs 2 d. Memory: about 4 x 16 float64 states, however many the queries. `initial`, `draw`, `signs` and
+    `uniform` are those of `seeded`.
+
+    Raises: as `seeded`; ValueError unless t_min < t_max and, later, for a time outside by more than rounding or for t = s.
+    Source: Levy's construction with areas, as in Foster, Lyons and Oberhauser, 2020, and Jelincic, Tao, Turner et al., 2024.
+    """
+    low, high = check_number(t_min, "t_min"), check_number(t_max, "t_max")
+    if not low < high:
+        raise ValueError(f"[t_min, t_max] is [{low:g}, {high:g}]; wanted t_min < t_max: the order of sde.t_min, sde.t_max")
+    return _Brownian(_keys(seeds), low, high)

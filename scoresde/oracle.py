@@ -1,0 +1,148 @@
+"""The only caller of a denoiser while solving: it counts, checks and hands out noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .checks import NonFiniteError, shape_of
+from .denoiser import Denoiser
+from .linear import LinearSDE
+from .noise import Noise
+from .parameterizations import Prediction
+
+__all__ = ["Oracle"]
+
+_ROUNDING = 1e-12  # relative: a time this far outside [t_min, t_max] is rounding of the end point
+
+
+class Oracle:
+    """A denoiser being queried: `oracle(x, t) -> Prediction`, counted; a context manager that counts network passes while open.
+
+    denoiser: what is asked; noise: where a stochastic solver's randomness comes from (None: asking for it is an error);
+    rows: the number of samples B. `nfe` `[B]` int64 on the CPU counts evaluations a sample. `ledger` splits the cost of a sample:
+    score (solver evaluations), denoise (the final mean), rejected (evaluations of rejected adaptive steps, counted in score too),
+    network (passes of the leaves that own a network, in rows / B), guidance (network passes beyond one an evaluation) and
+    divergence (derivative passes in forward-equivalents: 1 a JVP, 2 a VJP).
+    """
+
+    def __init__(self, denoiser: Denoiser, rows: int, noise: Noise | None = None) -> None:
+        if not isinstance(denoiser, Denoiser):
+            raise TypeError(
+                f"denoiser is {shape_of(denoiser)}; wanted a Denoiser: Wrapped.from_score(fn, sde) and its kin wrap a callable, "
+                "Preconditioned(net, sde) a network"
+            )
+        self.denoiser, self.noise_source = denoiser, noise
+        self.sde: LinearSDE = denoiser.sde
+        self.nfe = torch.zeros(rows, dtype=torch.int64)
+        self._rows: Tensor | None = None  # of the root's batch, when this is a selection
+        self._kind = "score"
+        self._counts = dict.fromkeys(("score", "denoise", "rejected", "network", "divergence"), 0.0)
+        self._handles: list[RemovableHandle] = []
+        self._marks: list[Tensor] = []
+        slack = _ROUNDING * self.sde.t_max
+        self._span = (self.sde.t_min - slack, self.sde.t_max + slack)
+
+    # --- asking -----------------------------------------------------------------------------------------------------------
+    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+        """The prediction at (x, t), counted once for every row."""
+        if t.device.type == "cpu" and not (self._span[0] <= float(t.min()) and float(t.max()) <= self._span[1]):
+            raise ValueError(
+                f"t = {t.flatten()[:4].tolist()} is outside [{self.sde.t_min}, {self.sde.t_max}], where {type(self.sde).__name__} "
+                "is regular; choose times inside or give the SDE another t_min, t_max"
+            )
+        if self._rows is None:
+            self.nfe += 1
+            self._counts[self._kind] += 1
+        else:
+            self.nfe[self._rows] += 1
+            self._counts[self._kind] += len(self._rows) / max(1, len(self.nfe))
+        return self.denoiser.predict(x, t)
+
+    predict = __call__
+
+    @property
+    def noise(self) -> Noise:
+        """The noise source: `oracle.noise(x, t, s)` is unit noise for an interval."""
+        if self.noise_source is None:
+            raise ValueError("this solve has no noise source and the solver asks for noise; pass seeds= or generator=")
+        return self.noise_source
+
+    def select(self, index: Tensor) -> Oracle:
+        """The oracle of these rows of the batch (a LongTensor): it counts into the same ledger."""
+        part = object.__new__(Oracle)
+        part.__dict__.update(self.__dict__)
+        index = torch.as_tensor(index).cpu()
+        part.denoiser = self.denoiser.select(index)
+        part.noise_source = None if self.noise_source is None else self.noise_source.select(index)
+        part._rows = index if self._rows is None else self._rows[index]
+        return part
+
+    # --- counting ---------------------------------------------------------------------------------------------------------
+    def record(self, name: str, amount: float) -> None:
+        """Add `amount` network passes a sample of kind `name` to the ledger."""
+        self._counts[name] = self._counts.get(name, 0.0) + amount
+
+    @contextmanager
+    def counting(self, kind: str) -> Iterator[None]:
+        """Book the evaluations made inside under `kind`: score, denoise."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    @property
+    def ledger(self) -> dict[str, float]:
+        """Cost a sample, by kind (see the class)."""
+        counts = dict(self._counts)
+        extra = counts["network"] - counts["score"] - counts["denoise"]
+        return {**counts, "guidance": max(0.0, extra) if counts["network"] else 0.0}
+
+    def __enter__(self) -> Oracle:
+        denoisers = [m for m in self.denoiser.modules() if isinstance(m, Denoiser)]
+        for m in denoisers:
+            m.recorders.append(self.record)
+            if not any(isinstance(c, Denoiser) for c in m.modules() if c is not m):
+                self._handles.append(m.register_forward_hook(self._on_forward))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        for m in self.denoiser.modules():
+            if isinstance(m, Denoiser) and self.record in m.recorders:
+                m.recorders.remove(self.record)
+
+    def _on_forward(self, _module: nn.Module, args: tuple[Any, ...], _out: Any) -> None:
+        self._counts["network"] += len(args[0]) / max(1, len(self.nfe))
+
+    # --- watching ---------------------------------------------------------------------------------------------------------
+    def watch(self, x: Tensor) -> None:
+        """Note the state after a step: one sum a sample, left on its device, so that a fixed grid costs no synchronisation."""
+        self._marks.append(x.detach().flatten(1).sum(1))
+
+    def status(self) -> Tensor:
+        """`[B]` int64 on the CPU: 0 for a finite sample, else the number (from 1) of the first step that left it non-finite."""
+        if not self._marks:
+            return torch.zeros(len(self.nfe), dtype=torch.int64)
+        bad = ~torch.stack(self._marks).isfinite().cpu()
+        return torch.where(bad.any(0), bad.int().argmax(0) + 1, 0)
+
+    def check(self, times: Tensor) -> None:
+        """Raise NonFiniteError when a watched state was not finite, naming samples, step and times."""
+        status = self.status()
+        if bool(status.any()):
+            rows = status.nonzero().flatten()
+            step = int(status[rows].min())
+            raise NonFiniteError(
+                f"the state of samples {rows[:8].tolist()}{' and more' if len(rows) > 8 else ''} ({len(rows)} of {len(status)}) is "
+                f"not finite after step {step} of {len(times) - 1} (t = {times[step - 1]:.6g} -> {times[step]:.6g}): the denoiser "
+                "returned NaN or infinity there, or the step overflowed; check the network at that time, or use throw=False and "
+                "read .status"
+            )

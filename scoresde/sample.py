@@ -1,0 +1,247 @@
+"""THE loop, and the three ways to run it: noise to data, data to its latent, latent back to data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_count, check_finite, check_rows, check_state, shape_of
+from .denoiser import Denoiser
+from .grid import Grid, check_times, logsnr
+from .linear import LinearSDE
+from .noise import Noise, entropy_seeds, gaussian, seeded
+from .oracle import Oracle
+from .solvers import DPMSolverPP, Heun, Solver, TorchDiffEq
+
+__all__ = ["Solution", "decode", "encode", "sample", "trajectory"]
+
+
+def trajectory(oracle: Oracle, solver: Solver, x: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (t, x) at every time of `times`, the first included: the only loop that drives a solver.
+
+    x `[B, *shape]` at times[0]; times strictly monotone inside [t_min, t_max], down to sample, up to encode (deterministic solvers).
+    """
+    times = check_times(times, oracle.sde)
+    if solver.stochastic and times[1] > times[0]:
+        raise ValueError(f"{solver!r} is stochastic and runs down in time; a deterministic solver can run up")
+    check_state(x)
+    state = solver.start(oracle.sde, times)
+    yield times[0], x
+    for t, s in pairwise(times):
+        x, state = solver.step(oracle, x, t, s, state)
+        oracle.watch(x)
+        yield s, x
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve returns.
+
+    x `[B, *shape]`; nfe: denoiser evaluations a sample (the largest over samples), `nfe_each` `[B]` all of them; ledger: the cost of
+    a sample by kind (see Oracle); status `[B]`: 0, or the first step that left the sample non-finite; times: the grid; solver: what
+    ran; seeds: what to pass to get the same x again (None with a generator or a given x).
+    """
+
+    x: Tensor
+    nfe_each: Tensor
+    ledger: dict[str, float]
+    status: Tensor
+    times: Tensor
+    solver: Solver
+    seeds: Sequence[int] | None = field(default=None, repr=False)
+
+    @property
+    def nfe(self) -> int:
+        """Counted denoiser evaluations a sample; the largest, where samples differ."""
+        return int(self.nfe_each.max()) if len(self.nfe_each) else 0
+
+
+def default_solver(nfe: int | None) -> Solver:
+    """The solver of `solver=None`: DPM-Solver++(2M) below 50 evaluations, Heun from there."""
+    return DPMSolverPP(2) if nfe is None or nfe < 50 else Heun()
+
+
+def steps_within(solver: Solver, nfe: int) -> int:
+    """The largest number of steps whose evaluations fit in `nfe`; ValueError naming the least budget when one step does not."""
+    if solver.evaluations(1) > nfe:
+        raise ValueError(
+            f"nfe leaves {nfe} evaluations for the steps; one step of {solver!r} costs {solver.evaluations(1)}: give it more"
+        )
+    low, high = 1, nfe  # a step costs at least one evaluation, and more steps never cost less
+    while low < high:
+        mid = (low + high + 1) // 2
+        low, high = (mid, high) if solver.evaluations(mid) <= nfe else (low, mid - 1)
+    return low
+
+
+def plan(
+    sde: LinearSDE, solver: Solver, *, nfe: int | None, steps: int | None, times: Tensor | None, grid: Grid | None, extra: int
+) -> Tensor:
+    """Times, t_max first (or as given), from exactly one of nfe, steps and times; `extra` evaluations are kept out of nfe."""
+    given = {"nfe": nfe, "steps": steps, "times": times}
+    names = [name for name, value in given.items() if value is not None]
+    if times is not None and len(names) == 1:
+        if grid is not None:
+            raise ValueError("times and grid are both given; times already is the grid: drop one")
+        return check_times(times, sde)
+    if solver.adaptive:
+        if names:
+            raise ValueError(
+                f"{solver!r} is adaptive and chooses its steps: drop {' and '.join(names)}; max_nfe= of the solver bounds it"
+            )
+        return solver.grid(sde, 1)
+    if len(names) != 1:
+        raise ValueError(f"got {' and '.join(names) or 'none'} of nfe, steps, times; wanted exactly one")
+    if nfe is not None:
+        steps = steps_within(solver, check_count(nfe, "nfe") - extra)
+    return check_times((grid or solver.grid)(sde, check_count(steps, "steps")), sde)
+
+
+def chunks(rows: int, microbatch: int | None) -> Iterator[tuple[Tensor, int]]:
+    """(indices, how many of them count): all rows, or pieces of exactly `microbatch`, the last padded with copies of its last row."""
+    size = rows if microbatch is None else check_count(microbatch, "microbatch")
+    for start in range(0, rows, max(1, size)):
+        index = torch.arange(start, min(start + size, rows))
+        yield torch.cat([index, index[-1:].expand(size - len(index))]), len(index)
+    if rows == 0:
+        yield torch.arange(0), 0
+
+
+def noise_of(rows: int, seeds: Any, generator: torch.Generator | None) -> tuple[Noise, Sequence[int] | None]:
+    """The noise source of a call, and the seeds that repeat it."""
+    if generator is not None:
+        if seeds is not None:
+            raise ValueError("seeds and generator are both given; wanted one")
+        return gaussian(generator), None
+    if seeds is None:
+        seeds = entropy_seeds(rows)
+    noise = seeded(seeds)
+    check_rows(seeds, rows, "seeds")
+    return noise, seeds
+
+
+Finish = Callable[[Oracle, Tensor, Tensor], Tensor]
+
+
+def solve(
+    denoiser: Denoiser, x: Tensor, solver: Solver, times: Tensor, noise: Noise | None, microbatch: int | None, *,
+    throw: bool = True, finish: Finish | None = None, seeds: Sequence[int] | None = None,
+    wrap: Callable[[Denoiser, Noise | None], Denoiser] = lambda d, _: d,
+) -> Solution:  # fmt: skip
+    """Run the loop over x `[B, *shape]` in pieces of `microbatch` rows and put the pieces together; `finish` maps the last state."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    ledger: dict[str, float] = {}
+    for index, kept in chunks(len(x), microbatch):
+        part_noise = None if noise is None else noise.select(index)
+        oracle = Oracle(wrap(denoiser.select(index), part_noise), len(index), part_noise)
+        with oracle:
+            last = x[index.to(x.device)]
+            for _, state in trajectory(oracle, solver, last, times):
+                last = state
+            if throw:
+                oracle.check(times)
+            if finish is not None:
+                last = finish(oracle, last, times[-1])
+                oracle.watch(last)
+                if throw:
+                    oracle.check(torch.cat([times, times[-1:]]))
+        parts.append((last[:kept], oracle.nfe[:kept], oracle.status()[:kept]))
+        for name, amount in oracle.ledger.items():
+            ledger[name] = ledger.get(name, 0.0) + amount * kept / max(1, len(x))
+    xs, nfe, status = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Solution(xs, nfe, ledger, status, times, solver, seeds)
+
+
+def final_mean(oracle: Oracle, x: Tensor, t: Tensor) -> Tensor:
+    """The mean x0 at the last time: the jump to zero noise, one evaluation."""
+    with oracle.counting("denoise"):
+        return oracle(x, t).x0
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser, shape: Sequence[int], solver: Solver | None = None, *, nfe: int | None = None, steps: int | None = None,
+    times: Tensor | None = None, grid: Grid | None = None, seeds: Sequence[int] | Tensor | None = None,
+    generator: torch.Generator | None = None, x: Tensor | None = None, denoise: bool = True, microbatch: int | None = None,
+    dtype: torch.dtype = torch.float32, device: torch.device | str | None = None, throw: bool = True,
+) -> Solution:  # fmt: skip
+    """Draw samples: from x (default: the prior at t_max) down `times`, then (denoise) the mean at the last time.
+
+    shape: [B, *event]; solver: None picks by nfe. Exactly one of nfe (a ceiling on evaluations a sample, the final mean included),
+    steps and times; an adaptive solver takes none of them or `times`. grid: rule (sde, n) -> times, default the solver's. seeds: B
+    integers in [0, 2^64): sample i depends on seeds[i] alone, whatever the batch; generator: a torch.Generator instead; neither:
+    fresh entropy, kept in `.seeds`. x: the state at times[0] (then dtype and device are x's). microbatch: the network sees exactly
+    this many rows. device: default the denoiser's. throw: raise NonFiniteError (False: read `.status`).
+    """
+    sde = Oracle(denoiser, 0).sde
+    shape = tuple(shape.shape) if isinstance(shape, Tensor) else tuple(shape)
+    if len(shape) < 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
+        raise ValueError(f"shape is {shape}; wanted [B, *event] of non-negative integers, as in (16, 3, 32, 32)")
+    solver = check_solver(solver) if solver is not None else default_solver(nfe)
+    times = plan(sde, solver, nfe=nfe, steps=steps, times=times, grid=grid, extra=int(denoise))
+    if times[1] > times[0]:
+        raise ValueError(f"times run up, from {times[0]:.6g} to {times[-1]:.6g}; sampling runs down: times.flip(0)")
+    noise, kept = noise_of(shape[0], seeds, generator)
+    if x is None:
+        if times[0] != sde.t_max:
+            raise ValueError(
+                f"times start at {times[0]:.6g}, below t_max = {sde.t_max:g}, where no prior is known: pass x= at that time"
+            )
+        if device is None:
+            device = next((p.device for p in (*denoiser.parameters(), *denoiser.buffers())), torch.device("cpu"))
+        x = check_state(torch.empty(0, 1, dtype=dtype), "dtype") if not shape else noise.initial(shape, torch.float64, device)
+        x = check_state((sde.prior_std() * x).to(dtype), "x (from dtype=)")
+    elif x.shape != shape:
+        raise ValueError(f"x is {shape_of(x)}; wanted the shape given, {list(shape)}")
+    check_finite(check_state(x))
+    return solve(denoiser, x, solver, times, noise, microbatch, throw=throw, finish=final_mean if denoise else None, seeds=kept)
+
+
+def check_solver(solver: Any) -> Solver:
+    """Return a Solver; raise a TypeError that says how to make one otherwise."""
+    if not isinstance(solver, Solver):
+        called = f"{solver.__name__}()" if isinstance(solver, type) else "Heun()"
+        raise TypeError(f"solver is {solver!r}; wanted a Solver, as in {called}")
+    return solver
+
+
+def ode_plan(
+    sde: LinearSDE, solver: Solver | None, *, nfe: int | None, steps: int | None, times: Tensor | None, grid: Grid | None
+) -> tuple[Solver, Tensor]:
+    """Solver and times of an encode, a decode or a likelihood: deterministic, uniform in logsnr whatever a solver recommends."""
+    if solver is None:
+        solver = TorchDiffEq() if nfe is steps is times is None else Heun()
+    if check_solver(solver).stochastic:
+        raise TypeError(f"{solver!r} is stochastic and has no inverse and no density; wanted a deterministic solver such as Heun()")
+    grid = grid or (None if solver.adaptive or times is not None else logsnr)
+    return solver, plan(sde, solver, nfe=nfe, steps=steps, times=times, grid=grid, extra=0)
+
+
+@torch.no_grad()
+def encode(
+    denoiser: Denoiser, x: Tensor, solver: Solver | None = None, *, nfe: int | None = None, steps: int | None = None,
+    times: Tensor | None = None, grid: Grid | None = None, microbatch: int | None = None, throw: bool = True,
+) -> Solution:  # fmt: skip
+    """The latent of x: the probability flow from t_min up to t_max. x `[B, *shape]` is a state at t_min; nothing is clipped.
+
+    Default: TorchDiffEq() when no budget is given, else Heun; the grid is uniform in logsnr.
+    """
+    solver, times = ode_plan(Oracle(denoiser, 0).sde, solver, nfe=nfe, steps=steps, times=times, grid=grid)
+    x = check_finite(check_state(x))
+    return solve(denoiser, x, solver, times.sort().values, None, microbatch, throw=throw)
+
+
+@torch.no_grad()
+def decode(
+    denoiser: Denoiser, x: Tensor, solver: Solver | None = None, *, nfe: int | None = None, steps: int | None = None,
+    times: Tensor | None = None, grid: Grid | None = None, microbatch: int | None = None, throw: bool = True,
+) -> Solution:  # fmt: skip
+    """The inverse of `encode`: the probability flow from x at t_max down to the state at t_min (no final mean)."""
+    solver, times = ode_plan(Oracle(denoiser, 0).sde, solver, nfe=nfe, steps=steps, times=times, grid=grid)
+    x = check_finite(check_state(x))
+    return solve(denoiser, x, solver, times.sort(descending=True).values, None, microbatch, throw=throw)

@@ -1,0 +1,77 @@
+"""What a solver is: a map from time t to time s with explicit state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..grid import Grid, logsnr
+from ..oracle import Oracle
+
+__all__ = ["Solver"]
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """One step x_t -> x_s of a frozen set of hyperparameters. A deterministic solver goes down (sampling) and up (likelihood).
+
+    Class attributes a subclass may set: `grid`, the rule it recommends for sampling; `adaptive`, it chooses its own inner steps;
+    `batchwise`, one step size for the whole batch, so that batch mates matter; `invariant`, the step knows the schedule through
+    rho = sigma / alpha alone, so that x / alpha is the same under every SDE. `stochastic` is a property: a solver that draws noise
+    states `weak_order` and `strong_order`, not `order`.
+    """
+
+    grid: ClassVar[Grid] = staticmethod(logsnr)
+    adaptive: ClassVar[bool] = False
+    batchwise: ClassVar[bool] = False
+    invariant: ClassVar[bool] = True
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise."""
+        return False
+
+    @property
+    @abstractmethod
+    def order(self) -> int:
+        """Global order for the probability flow, start-up included; a stochastic solver raises TypeError."""
+
+    @abstractmethod
+    def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x_s and the next state from x_t `[B, *shape]`; t, s are () float64, or `[B, 1, ..., 1]` in per-sample adaptive steps."""
+
+    def start(self, sde: Any, times: Tensor) -> Any:
+        """The state before the first step: the only place that may look at the whole grid."""
+        return None
+
+    def evaluations(self, steps: int) -> int:
+        """Oracle calls that `steps` intervals cost, exactly."""
+        return steps
+
+
+@dataclass(frozen=True)
+class StochasticSolver(Solver):
+    """A solver of the reverse SDE: it states two orders, both as floats, and samples only (times run down)."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise: yes."""
+        return True
+
+    @property
+    def order(self) -> int:
+        """Undefined: see weak_order and strong_order."""
+        raise TypeError(f"{type(self).__name__} is stochastic: read weak_order and strong_order")
+
+    @property
+    @abstractmethod
+    def weak_order(self) -> float:
+        """Order of the law of x: means and covariances."""
+
+    @property
+    @abstractmethod
+    def strong_order(self) -> float:
+        """Order of the path of x given the Brownian path."""

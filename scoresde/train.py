@@ -1,0 +1,93 @@
+"""Training as a generator: the caller loops, logs, plots and stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from .checks import NonFiniteError, check_finite, check_number, check_state
+from .denoiser import Denoiser, Preconditioned
+from .loss import Times, Weight, dsm_loss, edm, log_normal, stratified
+from .noise import entropy_seeds
+
+__all__ = ["EMA", "Step", "fit"]
+
+
+class EMA:
+    """Exponential moving average of a module's parameters and buffers, through torch's AveragedModel; `.module` is the average.
+
+    The decay warms up, min(decay, (1 + n) / (10 + n)) at update n, so that early averages forget the initialisation.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
+        self.decay = check_number(decay, "decay", 0.0, 1.0)
+        self._average = AveragedModel(module, multi_avg_fn=self._mix, use_buffers=True).requires_grad_(False).eval()
+
+    @property
+    def module(self) -> Any:
+        """The averaged copy."""
+        return self._average.module
+
+    def update(self, module: nn.Module) -> None:
+        """Take one step of `module` into the average."""
+        self._average.update_parameters(module)
+
+    def _mix(self, averages: Any, currents: Any, n: Any) -> None:
+        decay = min(self.decay, (1 + float(n)) / (10 + float(n)))
+        torch._foreach_lerp_(list(averages), list(currents), 1 - decay)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its number from 1, the mean weighted loss of the batch, the gradient's norm before clipping."""
+
+    step: int
+    loss: float
+    grad_norm: float
+
+
+def fit(
+    denoiser: Denoiser, batches: Iterable[Any], *, weight: Weight = edm, times: Times | None = None,
+    optimizer: torch.optim.Optimizer | None = None, ema: EMA | None = None, clip: float = 1.0, generator: torch.Generator | None = None,
+) -> Iterator[Step]:  # fmt: skip
+    """Train by denoising score matching; yield a Step a batch, for as long as `batches` lasts.
+
+    batches: tensors x0 `[B, *shape]`, or pairs (x0, cond) for a Preconditioned denoiser; weight, times: see `scoresde.loss` (default
+    edm, and a stratified log-normal); optimizer: default AdamW(lr=1e-3) on the parameters; ema: updated after every step; clip: the
+    largest gradient norm (inf: none); generator: of t and noise, on the CPU (default: fresh entropy). Raises NonFiniteError before
+    a step that would put NaN into the parameters, ValueError for NaN in data.
+    """
+    times = stratified(log_normal) if times is None else times
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3) if optimizer is None else optimizer
+    check_number(clip, "clip", 0.0, open_low=True) if math.isfinite(clip) else None
+    if generator is None:
+        generator = torch.Generator().manual_seed(entropy_seeds(1)[0])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    denoiser.train()
+    for number, batch in enumerate(batches, 1):
+        x0, cond = batch if isinstance(batch, (tuple, list)) else (batch, None)
+        check_finite(check_state(x0, "x0"), "x0")
+        if cond is not None and not isinstance(denoiser, Preconditioned):
+            raise TypeError(f"batches give labels and {type(denoiser).__name__} takes none; wanted Preconditioned, or x0 alone")
+        model: Denoiser = denoiser.condition(cond) if isinstance(denoiser, Preconditioned) and cond is not None else denoiser
+        u = torch.rand(len(x0), generator=generator, dtype=torch.float64, device=generator.device).to(x0.device)
+        noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=generator.device).to(x0.device)
+        loss = dsm_loss(model, x0, times(model.sde, u), weight, noise).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, clip)
+        if not math.isfinite(float(loss)) or not math.isfinite(float(norm)):
+            raise NonFiniteError(
+                f"step {number}: loss {float(loss):.4g}, gradient norm {float(norm):.4g}; the parameters are as they were. Lower the "
+                "learning rate, or check the network and the data"
+            )
+        optimizer.step()
+        if ema is not None:
+            ema.update(denoiser)
+        yield Step(number, float(loss), float(norm))

@@ -1,0 +1,329 @@
+"""The laws: what holds for every SDE and every solver, looped over the same `__all__` lists as the docs and the benchmarks."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import laws
+import pytest
+import torch
+from laws import FLOWS, SIX, STOCHASTIC, D, every_sde, every_solver, label, logsnr_times, mixture, run
+
+import scoresde
+from scoresde import EDM, MALA, VP, Ancestral, DDIM, EulerMaruyama, Gaussian, Heun, Langevin, PredictorCorrector, TorchDiffEq
+from scoresde.noise import brownian, seeded
+from scoresde.sample import chunks, plan
+
+SDES = every_sde()
+SOLVERS = every_solver()
+
+
+# --- orders --------------------------------------------------------------------------------------------------------------
+def on_sdes(solver):
+    return ["VP"] if solver.invariant else list(SIX)
+
+
+ORDER_CASES = [(s, name) for s in FLOWS for name in on_sdes(s)]
+ORDER_IDS = [f"{label(s)}-{name}" for s, name in ORDER_CASES]
+
+
+def check_order(solver, errors, slopes):
+    slack = 0.3 if solver.order >= 4 else 0.15
+    assert solver.order - slack <= slopes[-1] <= solver.order + 0.3, (errors, slopes)
+    assert errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize(("solver", "name"), ORDER_CASES, ids=ORDER_IDS)
+def test_order_in_x(solver, name):
+    check_order(solver, *laws.order_in_x(solver, SDES[name]))
+
+
+@pytest.mark.parametrize(("solver", "name"), ORDER_CASES, ids=ORDER_IDS)
+def test_order_in_log_p(solver, name):
+    check_order(solver, *laws.order_in_log_p(solver, SDES[name]))
+
+
+@pytest.mark.parametrize("solver", [s for s in FLOWS if s.invariant], ids=label)
+def test_schedule_invariance(solver):
+    """The same y = x / alpha on every SDE at the same rho nodes, so the order measured on VP is the order on all."""
+    ends = []
+    for name in SIX:
+        sde = SDES[name]
+        times = logsnr_times(sde, 12)
+        y = seeded(range(16)).initial((16, 2), D) * math.exp(2)
+        ends.append(run(mixture(sde), solver, sde.alpha(times[0]) * y, times) / sde.alpha(times[-1]))
+    for other in ends[1:]:
+        assert (other - ends[0]).abs().max() <= 1e-10
+
+
+# --- laws of stochastic solvers ------------------------------------------------------------------------------------------
+def correlated(sde):
+    return Gaussian(sde, torch.tensor([0.6, -0.4], dtype=D), covariance=torch.tensor([[0.4, 0.15], [0.15, 0.2]], dtype=D))
+
+
+def draws_of(solver, steps):
+    if isinstance(solver, PredictorCorrector):
+        return steps * (int(solver.predictor.stochastic) + solver.corrections)
+    return steps
+
+
+AFFINE = [s for s in STOCHASTIC if not isinstance(s, MALA) and not isinstance(getattr(s, "corrector", None), MALA)]
+UNBIASED = [s for s in AFFINE if s.weak_order > 0]
+
+
+def weak_errors(solver, name, counts=(48, 96, 192)):
+    denoiser = correlated(SDES[name])
+    errors = []
+    for n in counts:
+        times = logsnr_times(SDES[name], n)
+        mean, cov = laws.linear_law(solver, denoiser, times, draws_of(solver, n))
+        mean_t, cov_t = laws.gaussian_law(denoiser, times[-1])
+        errors.append(float((mean - mean_t).norm() + (cov - cov_t).norm()))
+    return errors
+
+
+@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("solver", UNBIASED, ids=label)
+def test_weak_order(solver, name):
+    """Mean and covariance against the exact Gaussian, without Monte Carlo: the chain is affine, so they are propagated exactly."""
+    errors = weak_errors(solver, name)
+    slope = math.log2(errors[-2] / errors[-1])
+    assert solver.weak_order - 0.15 <= slope <= solver.weak_order + 0.3, (errors, slope)
+    assert errors[-1] < 0.05
+
+
+@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("solver", [s for s in AFFINE if isinstance(s, PredictorCorrector)], ids=label)
+def test_langevin_bias_is_snr_squared(solver, name):
+    """A predictor-corrector with Langevin keeps the chain's own bias, of relative size snr^2 in the covariance at most."""
+    denoiser, times = correlated(SDES[name]), logsnr_times(SDES[name], 192)
+    mean, cov = laws.linear_law(solver, denoiser, times, draws_of(solver, 192))
+    mean_t, cov_t = laws.gaussian_law(denoiser, times[-1])
+    snr = solver.corrector.snr
+    assert (mean - mean_t).norm() < 0.02 * cov_t.trace().sqrt()
+    assert (cov - cov_t).norm() < (snr**2 / (1 - snr**2) + 0.02) * cov_t.norm()
+
+
+@pytest.mark.parametrize("solver", [EulerMaruyama(), Ancestral(), DDIM(eta=1.0)], ids=label)
+def test_strong_order_on_one_brownian_path(solver):
+    sde = VP(t_min=0.1)  # below, sigma falls tenfold within one of the coarse steps: not yet the asymptotic range
+    denoiser = Gaussian(sde, torch.zeros(1, dtype=D), 0.5)
+    seeds, ends = range(500), []
+    x = denoiser.sample(500, torch.tensor(1.0, dtype=D), seeds=seeds)
+    counts = (32, 64, 128, 2048)
+    for n in counts:
+        times = sde.t_max + torch.linspace(0, 1, n + 1, dtype=D) * (sde.t_min - sde.t_max)
+        ends.append(run(denoiser, solver, x, times.clamp(sde.t_min, sde.t_max), brownian(seeds, sde.t_min, sde.t_max)))
+    errors = [float((e - ends[-1]).square().mean().sqrt()) for e in ends[:-1]]
+    slope = math.log2(errors[0] / errors[-1]) / 2
+    assert abs(slope - solver.strong_order) <= 0.15, (errors, slope)
+
+
+def test_langevin_has_the_stationary_variance_of_ula():
+    """On N(0, sigma^2 I): sigma^2 / (1 - snr^2) exactly (A11: a step from norms gives 19 times the truth at D = 2)."""
+    sde, snr, n, d = VP(), 0.16, 40_000, 2
+    t = torch.tensor(0.5, dtype=D)
+    denoiser = Gaussian(sde, torch.zeros(d, dtype=D), 0.0)  # p_t = N(0, sigma^2 I)
+    sigma = sde.sigma(t)
+    oracle = scoresde.Oracle(denoiser, n, seeded(range(n)))
+    x = sigma * seeded(range(n)).initial((n, d), D) * 1.3
+    for _ in range(120):  # the memory of the start decays as (1 - 2 snr^2)^k: 2e-3, squared in the variance
+        x, _ = Langevin(snr).step(oracle, x, t, t, None)
+    wanted = float(sigma**2) / (1 - snr**2)
+    assert abs(float(x.square().mean()) - wanted) < 5 * wanted * math.sqrt(2 / (n * d)) + 2e-5
+
+
+@pytest.mark.parametrize("density", [False, True])
+def test_mala_leaves_p_t_alone(density):
+    """Start at exact p_t of the mixture, make 20 moves with a large step, and compare moments: 5 sigma."""
+    sde, n = VP(), 20_000
+    t = torch.tensor(0.3, dtype=D)
+    denoiser = mixture(sde) if density else correlated(sde)
+    solver = MALA(0.5, log_prob=denoiser.log_prob if density else None)
+    x = denoiser.sample(n, t, seeds=range(n))
+    y = denoiser.sample(n, t, seeds=range(n, 2 * n))
+    oracle = scoresde.Oracle(denoiser, n, seeded(range(2 * n, 3 * n)))
+    moved = x
+    for _ in range(20):
+        moved, _ = solver.step(oracle, moved, t, t, None)
+    assert (moved - x).abs().mean() > 0.05  # it does move
+    for f in (lambda v: v, lambda v: v**2, lambda v: v**3, lambda v: v[:, :1] * v[:, 1:]):
+        a, b = f(moved), f(y)
+        assert ((a.mean(0) - b.mean(0)).abs() < 5 * ((a.var(0) + b.var(0)) / n).sqrt()).all()
+
+
+def test_equal_names_give_equal_numbers():
+    """DDIM = DPM-Solver++(1); DDIM(eta=1) = Ancestral(0): one formula under two names, to 1e-12."""
+    for name in SIX:
+        sde = SDES[name]
+        times, x = logsnr_times(sde, 10), seeded(range(8)).initial((8, 2), D)
+        denoiser = mixture(sde)
+        assert (run(denoiser, DDIM(), x, times) - run(denoiser, scoresde.DPMSolverPP(1), x, times)).abs().max() < 1e-12
+        a = run(denoiser, DDIM(eta=1.0), x, times, seeded(range(8)))
+        assert (a - run(denoiser, Ancestral(), x, times, seeded(range(8)))).abs().max() < 1e-11
+
+
+# --- counting ------------------------------------------------------------------------------------------------------------
+class Counted(scoresde.Denoiser):
+    """A denoiser with a counter of its own."""
+
+    def __init__(self, inner):
+        super().__init__(inner.sde)
+        self.inner, self.rows = inner, 0
+
+    def forward(self, x, t):
+        self.rows += len(x)
+        return self.inner(x, t)
+
+
+@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("solver", SOLVERS, ids=label)
+def test_counted_nfe_is_a_counter_inside_the_denoiser(solver, name):
+    for steps in (1, 2, 7):
+        denoiser = Counted(mixture(SDES[name]))
+        budget = {} if solver.adaptive else {"steps": steps}
+        if solver.adaptive:
+            solver = replace(solver, rtol=1e-2, atol=1e-2)
+        found = scoresde.sample(denoiser, (3, 2), solver, seeds=range(3), dtype=D, **budget)
+        assert found.nfe * 3 == denoiser.rows
+        assert found.ledger["score"] + found.ledger["denoise"] == found.nfe == found.ledger["network"]
+        assert found.ledger["denoise"] == 1
+        assert found.ledger["guidance"] == found.ledger["divergence"] == 0
+        assert bool((found.nfe_each == found.nfe).all())
+        if not solver.adaptive:
+            assert solver.evaluations(steps) == found.ledger["score"]
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if not s.adaptive], ids=label)
+def test_nfe_is_a_ceiling_and_the_largest_that_fits(solver):
+    sde = VP()
+    for nfe in range(1, 61):
+        least = solver.evaluations(1) + 1
+        if nfe < least:
+            with pytest.raises(ValueError, match="costs"):
+                plan(sde, solver, nfe=nfe, steps=None, times=None, grid=None, extra=1)
+            continue
+        times = plan(sde, solver, nfe=nfe, steps=None, times=None, grid=None, extra=1)
+        n = len(times) - 1
+        assert solver.evaluations(n) + 1 <= nfe < solver.evaluations(n + 1) + 1
+        assert (times.diff() < 0).all()
+
+
+# --- shapes, dtypes, seeds -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, D], ids=["float32", "float64"])
+@pytest.mark.parametrize("solver", SOLVERS, ids=label)
+def test_dtype_shape_and_device_are_kept(solver, dtype):
+    mean = torch.zeros(1, 2, 3, dtype=D)
+    for b in (0, 1, 5):
+        denoiser = Gaussian(VP(), mean, 0.5)
+        budget = {} if solver.adaptive else {"steps": 3}
+        found = scoresde.sample(denoiser, (b, 1, 2, 3), solver, seeds=range(b), dtype=dtype, **budget)
+        assert found.x.shape == (b, 1, 2, 3)
+        assert found.x.dtype == dtype
+        assert found.x.device.type == "cpu"
+        assert len(found.status) == len(found.nfe_each) == b
+
+
+SEED_SOLVERS = [s for s in SOLVERS if not s.batchwise]
+
+
+@pytest.mark.parametrize("solver", SEED_SOLVERS, ids=label)
+def test_same_seeds_same_x_for_any_split_order_and_microbatch(solver):
+    denoiser = mixture(VP())
+    kwargs = dict(solver=solver, steps=6, dtype=D)
+    whole = scoresde.sample(denoiser, (9, 2), seeds=range(9), **kwargs).x
+    parts = [scoresde.sample(denoiser, (len(r), 2), seeds=r, **kwargs).x for r in (range(4), range(4, 5), range(5, 9))]
+    assert (torch.cat(parts) - whole).abs().max() < 1e-12
+    backwards = scoresde.sample(denoiser, (9, 2), seeds=list(range(9))[::-1], **kwargs).x
+    assert (backwards.flip(0) - whole).abs().max() < 1e-12
+    a, b = (scoresde.sample(denoiser, (n, 2), seeds=range(n), microbatch=4, **kwargs).x for n in (9, 6))
+    assert torch.equal(a[:6], b)  # at a fixed microbatch: to the bit
+    assert (a - whole).abs().max() < 1e-12
+
+
+def test_batchwise_solver_is_independent_at_microbatch_one():
+    denoiser, solver = mixture(VP()), TorchDiffEq(rtol=1e-3, atol=1e-3)
+    whole = scoresde.sample(denoiser, (5, 2), solver, seeds=range(5), dtype=D, microbatch=1)
+    alone = scoresde.sample(denoiser, (1, 2), solver, seeds=[3], dtype=D)
+    assert torch.equal(whole.x[3:4], alone.x)
+    assert whole.nfe_each[3] == alone.nfe
+
+
+def test_chunks_cover_every_row_once_and_pad_to_size():
+    for rows in range(0, 12):
+        for size in (None, 1, 3, 5, 20):
+            parts = list(chunks(rows, size))
+            assert torch.equal(torch.cat([index[:kept] for index, kept in parts]), torch.arange(rows))
+            assert all(size is None or not rows or len(index) == size for index, _ in parts)
+
+
+@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if not s.adaptive], ids=label)
+def test_float32_follows_float64(solver, name):
+    """Same noise, float32 against float64: 1e-4 at most, on every SDE."""
+    denoiser = mixture(SDES[name])
+    ends = [scoresde.sample(denoiser, (64, 2), solver, steps=30, seeds=range(64), dtype=dt).x for dt in (torch.float32, D)]
+    assert (ends[0].double() - ends[1]).abs().max() <= 1e-4
+
+
+def test_the_start_of_a_seed_is_the_same_for_every_solver_dtype_and_budget():
+    sde, seen = VP(), []
+
+    class Spy(scoresde.Denoiser):
+        def forward(self, x, t):
+            if t == sde.t_max:
+                seen.append(x.clone())
+            return torch.zeros_like(x)
+
+    for solver, steps in ((Heun(), 3), (EulerMaruyama(), 8), (DDIM(), 5)):
+        for dtype in (torch.float32, D):
+            scoresde.sample(Spy(sde), (4, 3), solver, steps=steps, seeds=range(4), dtype=dtype)
+    assert all(torch.equal(x.double().float(), seen[0].float()) for x in seen)
+
+
+# --- time ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("solver", SOLVERS, ids=label)
+@pytest.mark.parametrize("name", sorted(SDES))
+def test_every_solver_runs_on_every_sde_full_range(solver, name):
+    if solver.adaptive:
+        solver = replace(solver, rtol=1e-3, atol=1e-3)
+    budget = {} if solver.adaptive else {"steps": 40}
+    found = scoresde.sample(mixture(SDES[name]), (32, 2), solver, seeds=range(32), dtype=D, **budget)
+    assert found.x.isfinite().all()
+    if not isinstance(solver, Langevin):  # a corrector alone moves nothing from t to s
+        assert found.x.abs().max() < 5
+
+
+def test_flow_up_then_down_returns():
+    denoiser = mixture(VP())
+    x = denoiser.sample(16, torch.tensor(1e-3, dtype=D), seeds=range(16))
+    z = scoresde.encode(denoiser, x, TorchDiffEq(rtol=1e-9, atol=1e-9))
+    back = scoresde.decode(denoiser, z.x, TorchDiffEq(rtol=1e-9, atol=1e-9))
+    assert (back.x - x).abs().max() < 1e-6
+    errors = [
+        float((scoresde.decode(denoiser, scoresde.encode(denoiser, x, steps=n).x, steps=n).x - x).abs().max()) for n in (50, 100)
+    ]
+    assert errors[1] < errors[0] / 3
+
+
+def test_heun_and_the_final_mean_are_the_edm_sampler():
+    """Karras et al. 2022, algorithm 1, written out: bitwise (S_churn = 0, 18 nodes, NFE 35)."""
+    sde, n = EDM(), 18
+    denoiser = mixture(sde)
+    i = torch.arange(n, dtype=D)
+    t_steps = (80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    t_steps[0], t_steps[-1] = 80, 0.002
+    t_steps = torch.cat([t_steps, torch.zeros(1, dtype=D)])
+    x = start = seeded(range(8)).initial((8, 2), D) * t_steps[0]
+    for t_cur, t_next in pairwise(t_steps):
+        d_cur = (x - denoiser(x, t_cur)) / t_cur
+        x_next = x + (t_next - t_cur) * d_cur
+        if t_next > 0:
+            d_prime = (x_next - denoiser(x_next, t_next)) / t_next
+            x_next = x + (t_next - t_cur) * (0.5 * d_cur + 0.5 * d_prime)
+        x = x_next
+    found = scoresde.sample(denoiser, (8, 2), Heun(), times=t_steps[:-1], x=start, dtype=D)
+    assert found.nfe == 35
+    assert (found.x - x).abs().max() < 1e-12
+    ours = scoresde.sample(denoiser, (8, 2), Heun(), nfe=35, seeds=range(8), dtype=D)
+    assert (ours.x - x).abs().max() < 1e-10
