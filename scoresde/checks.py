@@ -62,7 +62,7 @@ def check_number(value: Any, name: str, low: float = -math.inf, high: float = ma
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {shape_of(value)}; wanted a number: float({name})")
     if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
-        bound = f"{'(' if open_low or low == -math.inf else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+        bound = f"{'(' if open_low or low == -math.inf else '['}{low:.12g}, {high:.12g}{')' if high == math.inf else ']'}"
         raise ValueError(f"{name} is {value}; wanted a finite number in {bound}")
     return float(value)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from .checks import check_callable, check_state, check_time, shape_of
-from .linear import LinearSDE, cast
+from .linear import LinearSDE, cast, check_regular
 from .parameterizations import (
     Inverse,
     Parameterization,
@@ -36,7 +36,7 @@ class Denoiser(nn.Module, ABC):
         super().__init__()
         if not isinstance(sde, LinearSDE):
             raise TypeError(f"sde is {shape_of(sde)}; wanted a LinearSDE such as VP(): is it a class not yet called?")
-        self.sde = sde
+        self.sde = check_regular(sde)
         self.recorders: list[Callable[[str, float], None]] = []  # the oracles now solving with this denoiser
 
     @abstractmethod
@@ -47,8 +47,10 @@ class Denoiser(nn.Module, ABC):
         """The prediction at (x, t), with the coefficients in float64 (0-dim t) or in x's dtype (per-sample t)."""
         t = check_time(t, check_state(x)).double()
         x0 = self(x, t)
-        if not isinstance(x0, Tensor) or x0.shape != x.shape:
-            raise ValueError(f"{type(self).__name__} returned {shape_of(x0)} for x {list(x.shape)}; wanted x0 of the shape of x")
+        if not isinstance(x0, Tensor) or x0.shape != x.shape or x0.dtype != x.dtype:
+            raise ValueError(
+                f"{type(self).__name__} returned {shape_of(x0)} for x {shape_of(x)}; wanted x0 of the shape and dtype of x"
+            )
         return Prediction(x, x0, cast(self.sde.alpha(t), x), cast(self.sde.sigma(t), x))
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
@@ -63,6 +65,16 @@ class Denoiser(nn.Module, ABC):
         """Tell the oracles now solving that a sample has cost `amount` network passes of kind `name`."""
         for recorder in self.recorders:
             recorder(name, amount)
+
+
+def check_denoiser(value: Any) -> Denoiser:
+    """Return a Denoiser; raise a TypeError that says how to make one otherwise."""
+    if not isinstance(value, Denoiser):
+        raise TypeError(
+            f"denoiser is {shape_of(value)}; wanted a Denoiser: Wrapped.from_score(fn, sde) and its kin wrap a callable, "
+            "Preconditioned(net, sde) a network"
+        )
+    return value
 
 
 class Preconditioned(Denoiser):
@@ -84,7 +96,7 @@ class Preconditioned(Denoiser):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x0, of the shape and dtype of x."""
-        c_skip, c_out, c_in, c_noise = self.parameterization(self.sde, t.double())
+        c_skip, c_out, c_in, c_noise = self.parameterization(self.sde, check_time(t, x).double())
         dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
         c_noise = c_noise.to(x.device, torch.promote_types(dtype, torch.float32)).flatten().expand(len(x))
         args = (c_noise,) if self.cond is None else (c_noise, self.cond)
@@ -116,7 +128,7 @@ class Wrapped(Denoiser):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x0 = a x + b fn(x, t)."""
-        t = t.double()
+        t = check_time(t, x).double()
         a, b = self.inverse(self.sde.alpha(t), self.sde.sigma(t))
         out = self.fn(x, t)
         if not isinstance(out, Tensor) or out.shape != x.shape:
@@ -149,6 +161,7 @@ class Wrapped(Denoiser):
         return cls(fn, sde, from_velocity)
 
 
+@runtime_checkable
 class _Predicts(Protocol):
     """A denoiser, or an oracle that counts one."""
 
@@ -158,6 +171,8 @@ class _Predicts(Protocol):
 
 
 def _drift(denoiser: _Predicts, x: Tensor, t: Tensor, share: float) -> Tensor:
+    if not isinstance(denoiser, _Predicts):
+        check_denoiser(denoiser)
     score, sde, t = denoiser.predict(x, t).score, denoiser.sde, t.double()
     f, g = cast(sde.drift_coefficient(t), x), cast(sde.diffusion(t), x)
     return f * x - share * g**2 * score

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_finite, check_number, check_state, shape_of
+from .checks import check_count, check_finite, check_number, check_state, check_time, shape_of
 from .denoiser import Denoiser
 from .linear import LinearSDE
 from .noise import Noise, entropy_seeds, seeded
@@ -58,15 +58,19 @@ class _Density(Denoiser):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x_0 | x_t = x], of the shape and dtype of x."""
-        t = t.double()
+        t = check_time(t, x).double()
         return self._blocks(x, self.sde.alpha(t), self.sde.sigma(t))[0].to(x.dtype).reshape(x.shape)
 
     def log_prob(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Log p_t(x) in nats, `[B]`, float64; t None is the data's own density (no noise)."""
         check_state(x)
         one = torch.ones((), dtype=torch.float64)
-        alpha, sigma = (one, 0 * one) if t is None else (self.sde.alpha(t.double()), self.sde.sigma(t.double()))
-        return self._blocks(x, alpha, sigma)[1]
+        t = t if t is None else check_time(t, x).double()
+        alpha, sigma = (one, 0 * one) if t is None else (self.sde.alpha(t), self.sde.sigma(t))
+        log_p = self._blocks(x, alpha, sigma)[1]
+        if t is None and bool((log_p.isnan() | (log_p == math.inf)).any()):
+            raise ValueError(f"{type(self).__name__} has a component of zero variance and no density of its own; pass t= for that of x_t")
+        return log_p
 
     def sample(self, n: int, t: Tensor | None = None, seeds: Any = None) -> Tensor:
         """`n` draws of x_t, float64 `[n, *shape]`; t None draws clean data. seeds: one a draw (default: fresh)."""
@@ -89,12 +93,20 @@ class Mixture(_Density):
     Raises ValueError for shapes that disagree, non-finite numbers, and covariances that are not positive semi-definite.
     """
 
+    means: Tensor
+    tail: Tensor
+    spectrum: Tensor
+    basis: Tensor
+    log_weights: Tensor
+
     def __init__(
         self, sde: LinearSDE, means: Tensor, std: Tensor | float | None = None, *, covariance: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> None:  # fmt: skip
         means = check_state(_data(means, "means"), "means")
         k, shape = len(means), means.shape[1:]
+        if not k:
+            raise ValueError(f"means is {shape_of(means)}; wanted at least one component")
         super().__init__(sde, shape)
         d = shape.numel()
         if (std is None) == (covariance is None):
@@ -103,6 +115,8 @@ class Mixture(_Density):
             covariance = _data(covariance, "covariance")
             if covariance.shape != (k, d, d):
                 raise ValueError(f"covariance is {shape_of(covariance)}; wanted [{k}, {d}, {d}] for means {list(means.shape)}")
+            if float((gap := covariance - covariance.mT).abs().max()) > 1e-6 * float(covariance.abs().max()):
+                raise ValueError(f"covariance differs from its transpose by {gap.abs().max():.3g}; a Cholesky factor? wanted L @ L.mT")
             spectrum, basis = torch.linalg.eigh((covariance + covariance.mT) / 2)
             if bool((spectrum < -1e-10 * spectrum.abs().amax(1, keepdim=True)).any()):
                 raise ValueError(f"covariance has the eigenvalue {spectrum.min():.3g}; wanted positive semi-definite matrices")
@@ -110,7 +124,8 @@ class Mixture(_Density):
         else:
             std = torch.as_tensor(check_number(std, "std", 0.0)) if not isinstance(std, Tensor) else _data(std, "std")
             if std.shape not in ((), (k,), (k, *shape)) or bool((std < 0).any()):
-                raise ValueError(f"std is {shape_of(std)}, least {std.min():.3g}; wanted (), [{k}] or {[k, *shape]}, all >= 0")
+                least = f", least {std.min():.3g}" if std.numel() else ""
+                raise ValueError(f"std is {shape_of(std)}{least}; wanted (), [{k}] or {[k, *shape]}, all >= 0")
             tail = (std.double() ** 2).reshape(k, -1) if std.ndim else (std.double() ** 2).expand(k, 1)
             self._fill(means, tail, torch.zeros(k, 0), torch.zeros(k, d, 0), weights)
 
@@ -118,7 +133,8 @@ class Mixture(_Density):
         k = len(means)
         weights = torch.ones(k) if weights is None else _data(weights, "weights")
         if weights.shape != (k,) or bool((weights <= 0).any()):
-            raise ValueError(f"weights is {shape_of(weights)}, least {weights.min():.3g}; wanted [{k}] positive numbers")
+            least = f", least {weights.min():.3g}" if weights.numel() else ""
+            raise ValueError(f"weights is {shape_of(weights)}{least}; wanted [{k}] positive numbers")
         buffers = {"means": means.flatten(1), "tail": tail, "spectrum": spectrum, "basis": basis, "log_weights": weights.log()}
         for name, value in buffers.items():
             self.register_buffer(name, value.double().to(means.device))
@@ -187,6 +203,10 @@ class Empirical(_Density):
     x0 = sum_i w_i (m_i + alpha std^2 / v (x - alpha m_i)), w_i = softmax(-|x - alpha m_i|^2 / 2v), v = alpha^2 std^2 + sigma^2,
     by matrix products: no `[B, N, D]` tensor is ever made. points `[N, *shape]`.
     """
+
+    points: Tensor
+    centre: Tensor
+    squares: Tensor
 
     def __init__(self, sde: LinearSDE, points: Tensor, std: float = 0.0) -> None:
         points = check_state(_data(points, "points"), "points")

@@ -26,10 +26,10 @@ def check_times(times: Tensor, sde: SDE) -> Tensor:
     if not bool(times.isfinite().all()):
         raise ValueError(f"times has {int((~times.isfinite()).sum())} NaN or infinite entries; wanted finite times")
     slack = 1e-12 * sde.t_max
-    if times.dtype is not torch.float64 or float(times.min()) < sde.t_min - slack or float(times.max()) > sde.t_max + slack:
+    if float(times.min()) < sde.t_min - slack or float(times.max()) > sde.t_max + slack:
         raise ValueError(
-            f"times span [{times.min():.6g}, {times.max():.6g}], outside [{sde.t_min:g}, {sde.t_max:g}], where "
-            f"{type(sde).__name__} is regular; stay inside or give the SDE another t_min, t_max"
+            f"times span [{times.min():.12g}, {times.max():.12g}], outside [{sde.t_min:.12g}, {sde.t_max:.12g}], where "
+            f"{type(sde).__name__} is regular; stay inside (in float64: float32 rounds the ends) or give the SDE another t_min, t_max"
         )
     times = times.clamp(sde.t_min, sde.t_max)
     steps = times.diff()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_finite, check_number, check_state, shape_of
-from .denoiser import Denoiser
+from .checks import check_callable, check_count, check_finite, check_number, check_state, shape_of
+from .denoiser import Denoiser, check_denoiser
 from .grid import Grid
 from .linear import cast
 from .noise import DEQUANTIZE, PROBE, Noise
-from .oracle import Oracle
 from .sample import Solution, noise_of, ode_plan, solve
 from .solvers import Solver
 
@@ -36,6 +36,7 @@ class Augmented(Denoiser):
         self.denoiser, self.shape, self.probes, self.chunk = denoiser, shape, probes, chunk
         self.noise, self.fresh = noise, fresh
         self.frozen: Tensor | None = None
+        self.batched = True
         self.weight = 1 / float(self.sde.alpha(torch.tensor(self.sde.t_max, dtype=torch.float64)))
 
     def _signs(self, x: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ class Augmented(Denoiser):
         with torch.enable_grad():
             event = x[:, :d].reshape(-1, *self.shape)
             event = event if track else event.detach().requires_grad_()
-            x0 = self.denoiser(event, t)
+            x0 = self.denoiser.predict(event, t.reshape(-1, *[1] * len(self.shape)) if t.ndim else t).x0
             if self.probes:
                 signs = self._signs(event)
                 traces = (self._products(x0, event, signs, track) * signs).flatten(2).sum(2).T  # [B, k]
@@ -67,14 +68,17 @@ class Augmented(Denoiser):
         return torch.cat([x0, (x[:, d:] - sigma * self.weight * traces) / alpha], 1)
 
     def _products(self, x0: Tensor, x: Tensor, vectors: Tensor, track: bool) -> Tensor:
-        """v' d x0 / dx for vectors v `[k, B, *shape]`, one batched pass back for all of them, counted as k VJPs."""
+        """v' d x0 / dx for vectors v `[k, B, *shape]`, counted as k VJPs: one batched pass back, or a loop where an op cannot."""
         self.record("divergence", 2.0 * len(vectors))
         if not x0.requires_grad:  # a denoiser that ignores x
             return torch.zeros_like(vectors)
-        out = torch.autograd.grad(x0, x, vectors, retain_graph=True, create_graph=track, is_grads_batched=True, allow_unused=True)[
-            0
-        ]
-        return torch.zeros_like(vectors) if out is None else out
+        back = functools.partial(torch.autograd.grad, x0, x, retain_graph=True, create_graph=track, materialize_grads=True)
+        if self.batched:
+            try:
+                return back(vectors, is_grads_batched=True)[0]
+            except RuntimeError:  # some ops have no batching rule (pooling, custom kernels)
+                self.batched = False
+        return torch.stack([back(v)[0] for v in vectors])
 
     def select(self, index: Any) -> Augmented:
         """These rows, with their own probes."""
@@ -122,18 +126,22 @@ def log_prob(
     vector-Jacobian products an evaluation, `chunk` at a time), k for k Rademacher probes. Gradients flow when x requires grad.
     Song et al. 2021 (ICLR), app. D; Grathwohl et al. 2019 (ICLR).
     """
-    sde = Oracle(denoiser, 0).sde
-    solver, times = ode_plan(sde, solver, nfe=nfe, steps=steps, times=times, grid=grid)
-    times = times.sort().values
     check_finite(check_state(x))
-    if prior is None and times[-1] != sde.t_max:
-        raise ValueError(f"times end at {times[-1]:.6g}, below t_max = {sde.t_max:g}, where the SDE states no prior: pass prior=")
-    prior = sde.prior_log_prob if prior is None else prior
+    sde = check_denoiser(denoiser).sde
     k = 0 if probes is None else check_count(probes, "probes")
     check_count(chunk, "chunk")
-    noise, _ = noise_of(len(x), seeds, generator) if k else (None, None)
-    shape, d = x.shape[1:], x.shape[1:].numel()
-    with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+    # Out of inference mode, whose tensors have no gradient: the divergence would read zero. Leaving it turns gradients on.
+    track = torch.is_grad_enabled() and x.requires_grad
+    with torch.inference_mode(False), torch.set_grad_enabled(track):
+        solver, times = ode_plan(sde, solver, nfe=nfe, steps=steps, times=times, grid=grid)
+        times = times.sort().values
+        if prior is None and times[-1] != sde.t_max:
+            raise ValueError(
+                f"times end at {times[-1]:.6g}, below t_max = {sde.t_max:g}, where the SDE states no prior: pass prior="
+            )
+        prior = sde.prior_log_prob if prior is None else check_callable(prior, "prior", "a callable z -> log-densities [B]")
+        noise, _ = noise_of(len(x), seeds, generator) if k else (None, None)
+        shape, d = x.shape[1:], x.shape[1:].numel()
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), max(1, k))], 1)
         solution = solve(
             denoiser, start, solver, times, noise, microbatch, throw=throw,
@@ -143,7 +151,7 @@ def log_prob(
         latent = solution.x[:, :d].reshape(x.shape)
         gains = solution.x[:, d:] * (sde.alpha(torch.tensor(sde.t_max, dtype=torch.float64)) / b)  # the l-channels, unweighted
         density = prior(latent)
-        if density.shape != (len(x),):
+        if not isinstance(density, Tensor) or density.shape != (len(x),):
             raise ValueError(f"prior returned {shape_of(density)} for {len(x)} samples; wanted their log-densities [{len(x)}]")
         value = density + gains.mean(1) + d * (b / a).log()
     stderr = gains.detach().std(1) / k**0.5 if k > 1 else value.detach() * (0 if k == 0 else float("nan"))
@@ -164,7 +172,7 @@ class Quantized:
 
     def to_model(self, images: Tensor, u: Tensor | float = 0.5) -> Tensor:
         """Integers to the model's range, at u of their cell (its centre by default)."""
-        if images.is_floating_point() or images.is_complex() or images.dtype is torch.bool:
+        if not isinstance(images, Tensor) or images.is_floating_point() or images.is_complex() or images.dtype is torch.bool:
             raise TypeError(f"images is {shape_of(images)}; wanted integers 0 .. {self.levels - 1}: bits/dim needs quantised data")
         if images.numel() and not 0 <= int(images.min()) <= int(images.max()) < self.levels:
             raise ValueError(
@@ -215,8 +223,10 @@ def bits_per_dim(
     D log alpha at t_min and u ~ q (`dequantization`: (noise, like) -> (u, log q)), averaged over `samples` draws of u. The rest as
     in `log_prob`.
     """
-    cells, sde = Quantized(levels, low, high), Oracle(denoiser, 0).sde
+    cells, sde = Quantized(levels, low, high), check_denoiser(denoiser).sde
+    cells.to_model(images)  # refuses what is not images before anything is drawn
     check_count(samples, "samples")
+    check_callable(dequantization, "dequantization", "a function (noise, like) -> (u, log q)")
     noise, _ = noise_of(len(images), seeds, generator)
     like = check_state(torch.zeros(images.shape, dtype=dtype, device=images.device), "images (in dtype=)")
     alpha, d = float(sde.alpha(torch.tensor(sde.t_min, dtype=torch.float64))), like[0].numel() if len(like) else 1

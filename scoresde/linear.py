@@ -18,7 +18,7 @@ from numpy.polynomial import chebyshev
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from .checks import check_callable, check_number, check_state, check_time
+from .checks import check_callable, check_number, check_state, check_time, shape_of
 
 __all__ = ["SDE", "DiscreteVP", "LinearSDE", "Tabulated"]
 
@@ -34,6 +34,17 @@ def derivative(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         u = t.detach().clone().requires_grad_()
         y = fn(u)
         return torch.autograd.grad(y.sum(), u)[0].detach() if y.requires_grad else torch.zeros_like(u)
+
+
+def check_regular(sde: LinearSDE) -> LinearSDE:
+    """Return `sde` when alpha and sigma are positive at both ends and the noise grows; raise a ValueError otherwise."""
+    ends = sde.logsnr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).tolist()
+    if not math.inf > ends[0] > ends[1] > -math.inf:
+        raise ValueError(
+            f"{sde!r} has logsnr {ends[0]:.6g} at t_min and {ends[1]:.6g} at t_max; wanted finite numbers that fall: choose t_min and "
+            "t_max where alpha and sigma are positive and sigma / alpha grows"
+        )
+    return sde
 
 
 class SDE(ABC):
@@ -151,6 +162,8 @@ class DiscreteVP(LinearSDE):
     _cubic: np.ndarray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.betas, tuple):
+            raise TypeError(f"betas is {shape_of(self.betas)}; wanted a tuple of floats: VP.from_betas takes any sequence")
         if len(self.betas) < 2:
             raise ValueError(f"betas has {len(self.betas)} entries; wanted at least two")
         for i, beta in enumerate(self.betas):
@@ -214,11 +227,15 @@ class Tabulated(LinearSDE):
         integrand = g**2 * np.exp(-2 * np.stack([chebyshev.chebval(u, c) for c in log_alpha]))
         object.__setattr__(self, "_edges", edges)
         object.__setattr__(self, "_table", np.stack([log_alpha, self._integrals(integrand, half, self.sigma_0**2)]))
+        check_regular(self)
 
     @staticmethod
     def _values(fn: Callable[[Tensor], Any], name: str, t: Tensor) -> np.ndarray:
         check_callable(fn, name, "a callable of a tensor of times")
-        y = torch.as_tensor(fn(t), dtype=torch.float64)
+        y = fn(t)
+        if not isinstance(y, (Tensor, np.ndarray, float, int)):
+            raise TypeError(f"{name}(t) is {shape_of(y)}; wanted a tensor of the shape of t, or a number")
+        y = torch.as_tensor(y, dtype=torch.float64)
         if y.shape not in (t.shape, ()):
             raise ValueError(f"{name}(t) is {list(y.shape)} for t {list(t.shape)}; wanted the shape of t")
         if not torch.isfinite(y).all():

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import check_number
-from .denoiser import Denoiser
+from .checks import check_callable, check_number, check_state, check_time
+from .denoiser import Denoiser, check_denoiser
 from .linear import LinearSDE, cast
 from .noise import entropy_seeds, seeded
 
@@ -24,11 +24,18 @@ def dsm_loss(denoiser: Denoiser, x0: Tensor, t: Tensor, weight: Weight, noise: T
     x0 `[B, *shape]` clean data; t `[B]`, `[B, 1, ..., 1]` or (); weight: a function (sde, t) -> factor on the x0 error; noise: unit
     noise of the shape of x0 (None: fresh entropy). The minimum is E[x_0 | x_t] for any positive weight.
     """
-    t = t.reshape(-1, *[1] * (x0.ndim - 1)) if t.ndim == 1 and len(t) == len(x0) else t
+    check_denoiser(denoiser)
+    check_state(x0, "x0")
+    check_callable(weight, "weight", "a function (sde, t) -> factor on the x0 error, as scoresde.loss.edm")
+    if isinstance(t, Tensor) and t.ndim == 1 and len(t) == len(x0):
+        t = t.reshape(-1, *[1] * (x0.ndim - 1))
+    sde, slack = denoiser.sde, 4 * torch.finfo(check_time(t, x0).dtype).eps * denoiser.sde.t_max
+    if t.device.type == "cpu" and t.numel() and not sde.t_min - slack <= float(t.min()) <= float(t.max()) <= sde.t_max + slack:
+        raise ValueError(f"t spans [{t.min():.6g}, {t.max():.6g}]; wanted times of {sde!r}, in [{sde.t_min:g}, {sde.t_max:g}]")
     if noise is None:
         noise = seeded(entropy_seeds(len(x0))).initial(x0.shape, x0.dtype, x0.device)
-    error = (denoiser.predict(denoiser.sde.perturb(x0, t, noise), t).x0 - x0).square().flatten(1).mean(1)
-    return cast(weight(denoiser.sde, t.double()), x0).flatten() * error
+    error = (denoiser.predict(sde.perturb(x0, t, noise), t).x0 - x0).square().flatten(1).mean(1)
+    return cast(weight(sde, t.double()), x0).flatten() * error
 
 
 def simple(sde: LinearSDE, t: Tensor) -> Tensor:
@@ -48,7 +55,7 @@ def edm(sde: LinearSDE, t: Tensor, sigma_data: float = 0.5) -> Tensor:
 
 
 def likelihood(sde: LinearSDE, t: Tensor) -> Tensor:
-    """g^2 alpha^2 / sigma^4 = g^2 |score error|^2 / |x0 error|^2: with uniform t, D/2 times the loss bounds -log p. Song et al. 2021 (NeurIPS)."""
+    """g^2 alpha^2 / sigma^4: g^2 |score error|^2. With uniform t, D/2 times the loss bounds -log p. Song et al. 2021 (NeurIPS), thm 1."""
     return (sde.diffusion(t) * sde.alpha(t) / sde.sigma(t) ** 2) ** 2
 
 
@@ -67,7 +74,7 @@ def log_normal(sde: LinearSDE, u: Tensor, mean: float = -1.2, std: float = 1.2) 
 
 
 def stratified(times: Times) -> Times:
-    """Another distribution with u spread evenly, u_i = (i + u_0) / B mod 1: less variance at no cost. Kingma et al. 2021 (NeurIPS), app. I.1."""
+    """Another distribution with u_i = (i + u_0) / B mod 1: less variance at no cost. Kingma et al. 2021 (NeurIPS), app. I.1."""
 
     def draw(sde: LinearSDE, u: Tensor) -> Tensor:
         i = torch.arange(len(u), dtype=u.dtype, device=u.device)

@@ -25,7 +25,7 @@ __all__ = ["Noise", "brownian", "entropy_seeds", "gaussian", "seeded"]
 
 INITIAL, STEP, CORRECTOR, PROBE, DEQUANTIZE, BROWNIAN = range(6)  # the streams of a seed; 6, 7, ... are free
 
-CHUNK = 2**14  # Philox blocks at a time on a CPU, 65536 draws: large beside a call, small beside the cache (measured)
+CHUNK = 2**15  # Philox blocks at a time on a CPU, 131072 draws: few calls, and buffers that stay in cache (measured)
 LEVELS = 32  # depth of the Brownian tree: leaves of 2^-32 of the interval
 REUSED = 16  # levels of the last descent that are kept: neighbouring times share the upper ones
 BITS = 46  # times are rounded to 2^-46 of the interval, a tick: those that differ by rounding are one time
@@ -80,10 +80,8 @@ def _chunks(key: Tensor, index: Tensor | int, stream: int, n: int) -> Iterator[t
 def philox(key: Tensor, index: Tensor | int, stream: int, n: int) -> Tensor:
     """The first n 32-bit words of each row's (seed, stream, index), as int64 `[B, n]`, on the device of key.
 
-    Word j is word j % 4 of Philox4x32-10 at the counter (j // 4, index low, index high, stream), so it does not depend on n.
-
-    Args: key, the seeds, int64 `[B]` (two's complement); index, the draw or tree node, int64 `[B]` or an int; stream, n: ints.
-    Source: Salmon, Moraes, Dror and Shaw, 2011.
+    key holds the seeds, int64 `[B]`; index the draw or the tree's node, int64 `[B]` or an int. Word j is word j % 4 of
+    Philox4x32-10 at the counter (j // 4, index low, index high, stream), whatever n (Salmon, Moraes, Dror and Shaw, 2011).
     """
     words = key.new_empty(len(key), -(-n // 4), 2, 2)
     for rows, columns, a, b in _chunks(key, index, stream, n):
@@ -338,7 +336,7 @@ class _Brownian(_Seeded):
         """Down from the root, or from the last descent's lowest node that holds the time, to a leaf or a node's left end."""
         h, n, path, level = self._high - self._low, self._kind[0], self._path, 0
         if not path:
-            z = _normals(self._key, 0, BROWNIAN, 2 * n).view(-1, n, 2)
+            z = _normals(self._key, 0, BROWNIAN, 2 * n).view(len(self._key), n, 2)
             zero = torch.zeros_like(z[..., 0])
             path.append((1, z[..., 0] * math.sqrt(h), z[..., 1] * math.sqrt(h / 12), zero, zero))
         u = self._number(ticks) * 2.0**-BITS
@@ -396,9 +394,9 @@ def entropy_seeds(n: int) -> list[int]:
 
 
 def gaussian(generator: torch.Generator) -> Noise:
-    """Noise from one torch.Generator: fast, and dependent on batch mates (B, their order and microbatches), seeds are not.
+    """Noise from one torch.Generator: fast, but a row's noise depends on its batch mates; that of `seeded` does not.
 
-    `select` returns the same source, which draws for whatever batch it meets. Draws are made on the generator's device.
+    Draws are made on the generator's device; `select` returns this same source, which draws for whatever batch it meets.
 
     Raises: TypeError when this is not a torch.Generator.
     """
@@ -410,9 +408,8 @@ def gaussian(generator: torch.Generator) -> Noise:
 def seeded(seeds: Sequence[int] | Tensor) -> Noise:
     """Noise that is a function of (seed, stream, draw, element): a row's never depends on its batch mates.
 
-    Args: seeds, one integer in [0, 2^64) a row: a range, a list or an integer tensor `[B]`. Equal seeds give equal rows.
-
-    Raises: TypeError for what is not integers, ValueError for one out of range and, later, for an x with other than B rows.
+    Args: seeds, an integer in [0, 2^64) a row: a range, list or integer tensor `[B]`.
+    Raises: TypeError where they are not integers, ValueError for one out of range and, when drawing, for other than B rows.
 
     >>> x = torch.zeros(3, 2)
     >>> torch.equal(seeded([5, 6, 7]).draw(x, PROBE)[1:2], seeded([6]).draw(x[1:2], PROBE))
@@ -424,16 +421,16 @@ def seeded(seeds: Sequence[int] | Tensor) -> Noise:
 def brownian(seeds: Sequence[int] | Tensor, t_min: float, t_max: float) -> Noise:
     """Noise from one Brownian path a row over [t_min, t_max]: any intervals, in any order, are increments of that path.
 
-    The path is a virtual tree of dyadic intervals, each with its increment and space-time Levy area, 32 levels deep, whose
-    normals are functions of (seed, node). Below a leaf the path is its conditional mean, so intervals near
-    2^-32 (t_max - t_min) are smoother than a path. A time that is no dyadic fraction costs 64 normals an element, one that is
-    k / 2^d costs 2 d. Memory: about 4 x 16 float64 states, however many the queries. `initial`, `draw`, `signs` and
-    `uniform` are those of `seeded`.
+    The path is a virtual tree of dyadic intervals, whose normals are functions of (seed, node). A time k / 2^d of the way costs
+    2 d normals an element, any other 64; below the 32nd level the path is its conditional mean, so that intervals near
+    2^-32 (t_max - t_min) are too smooth. Memory: up to 16 x 4 float64 states, however many the queries. `initial`, `draw`,
+    `signs` and `uniform` are those of `seeded`.
 
-    Raises: as `seeded`; ValueError unless t_min < t_max and, later, for a time outside by more than rounding or for t = s.
-    Source: Levy's construction with areas, as in Foster, Lyons and Oberhauser, 2020, and Jelincic, Tao, Turner et al., 2024.
+    Args: seeds, as in `seeded`; t_min and t_max, numbers.
+    Raises: as `seeded`; ValueError unless t_min < t_max, and for a time outside by more than rounding or an interval t = s.
+    Source: Levy's construction, with space-time areas as in Foster, Lyons and Oberhauser, 2020.
     """
     low, high = check_number(t_min, "t_min"), check_number(t_max, "t_max")
     if not low < high:
-        raise ValueError(f"[t_min, t_max] is [{low:g}, {high:g}]; wanted t_min < t_max: the order of sde.t_min, sde.t_max")
+        raise ValueError(f"t_min is {low:g} and t_max {high:g}; wanted t_min < t_max: exchange them")
     return _Brownian(_keys(seeds), low, high)

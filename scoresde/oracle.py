@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .checks import NonFiniteError, shape_of
-from .denoiser import Denoiser
+from .checks import NonFiniteError
+from .denoiser import Denoiser, check_denoiser
 from .linear import LinearSDE
 from .noise import Noise
 from .parameterizations import Prediction
@@ -28,17 +28,17 @@ class Oracle:
     rows: the number of samples B. `nfe` `[B]` int64 on the CPU counts evaluations a sample. `ledger` splits the cost of a sample:
     score (solver evaluations), denoise (the final mean), rejected (evaluations of rejected adaptive steps, counted in score too),
     network (passes of the leaves that own a network, in rows / B), guidance (network passes beyond one an evaluation) and
-    divergence (derivative passes in forward-equivalents: 1 a JVP, 2 a VJP).
+    divergence (derivative passes in forward-equivalents: 1 a JVP, 2 a VJP). names: the numbers of the rows in the caller's batch, for
+    errors; throw: a solver that meets NaN may raise at once (False: it leaves the sample NaN and goes on with the others).
     """
 
-    def __init__(self, denoiser: Denoiser, rows: int, noise: Noise | None = None) -> None:
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(
-                f"denoiser is {shape_of(denoiser)}; wanted a Denoiser: Wrapped.from_score(fn, sde) and its kin wrap a callable, "
-                "Preconditioned(net, sde) a network"
-            )
-        self.denoiser, self.noise_source = denoiser, noise
+    def __init__(
+        self, denoiser: Denoiser, rows: int, noise: Noise | None = None, *, names: Tensor | None = None, throw: bool = True
+    ) -> None:
+        self.denoiser, self.noise_source = check_denoiser(denoiser), noise
         self.sde: LinearSDE = denoiser.sde
+        self.throw = throw
+        self.names = torch.arange(rows) if names is None else names
         self.nfe = torch.zeros(rows, dtype=torch.int64)
         self._rows: Tensor | None = None  # of the root's batch, when this is a selection
         self._kind = "score"
@@ -81,6 +81,7 @@ class Oracle:
         part.denoiser = self.denoiser.select(index)
         part.noise_source = None if self.noise_source is None else self.noise_source.select(index)
         part._rows = index if self._rows is None else self._rows[index]
+        part.names = self.names[index]
         return part
 
     # --- counting ---------------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ class Oracle:
         for m in denoisers:
             m.recorders.append(self.record)
             if not any(isinstance(c, Denoiser) for c in m.modules() if c is not m):
-                self._handles.append(m.register_forward_hook(self._on_forward))
+                self._handles.append(m.register_forward_hook(self._on_forward, with_kwargs=True))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -119,8 +120,9 @@ class Oracle:
             if isinstance(m, Denoiser) and self.record in m.recorders:
                 m.recorders.remove(self.record)
 
-    def _on_forward(self, _module: nn.Module, args: tuple[Any, ...], _out: Any) -> None:
-        self._counts["network"] += len(args[0]) / max(1, len(self.nfe))
+    def _on_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any) -> None:
+        x = args[0] if args else kwargs["x"]
+        self._counts["network"] += len(x) / max(1, len(self.nfe))
 
     # --- watching ---------------------------------------------------------------------------------------------------------
     def watch(self, x: Tensor) -> None:
@@ -138,10 +140,10 @@ class Oracle:
         """Raise NonFiniteError when a watched state was not finite, naming samples, step and times."""
         status = self.status()
         if bool(status.any()):
-            rows = status.nonzero().flatten()
-            step = int(status[rows].min())
+            step = int(status[status > 0].min())
+            rows, all_rows = self.names[status > 0].unique(), self.names.unique()  # padding repeats a row
             raise NonFiniteError(
-                f"the state of samples {rows[:8].tolist()}{' and more' if len(rows) > 8 else ''} ({len(rows)} of {len(status)}) is "
+                f"the state of samples {rows[:8].tolist()}{' and more' if len(rows) > 8 else ''} ({len(rows)} of {len(all_rows)}) is "
                 f"not finite after step {step} of {len(times) - 1} (t = {times[step - 1]:.6g} -> {times[step]:.6g}): the denoiser "
                 "returned NaN or infinity there, or the step overflowed; check the network at that time, or use throw=False and "
                 "read .status"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_finite, check_rows, check_state, shape_of
-from .denoiser import Denoiser
+from .checks import STATE_DTYPES, check_callable, check_count, check_finite, check_rows, check_state, shape_of
+from .denoiser import Denoiser, check_denoiser
 from .grid import Grid, check_times, logsnr
 from .linear import LinearSDE
 from .noise import Noise, entropy_seeds, gaussian, seeded
@@ -26,8 +26,10 @@ def trajectory(oracle: Oracle, solver: Solver, x: Tensor, times: Tensor) -> Iter
 
     x `[B, *shape]` at times[0]; times strictly monotone inside [t_min, t_max], down to sample, up to encode (deterministic solvers).
     """
+    if not isinstance(oracle, Oracle):
+        raise TypeError(f"oracle is {shape_of(oracle)}; wanted an Oracle of it: Oracle(denoiser, len(x), noise)")
     times = check_times(times, oracle.sde)
-    if solver.stochastic and times[1] > times[0]:
+    if check_solver(solver).stochastic and times[1] > times[0]:
         raise ValueError(f"{solver!r} is stochastic and runs down in time; a deterministic solver can run up")
     check_state(x)
     state = solver.start(oracle.sde, times)
@@ -66,12 +68,13 @@ def default_solver(nfe: int | None) -> Solver:
     return DPMSolverPP(2) if nfe is None or nfe < 50 else Heun()
 
 
-def steps_within(solver: Solver, nfe: int) -> int:
-    """The largest number of steps whose evaluations fit in `nfe`; ValueError naming the least budget when one step does not."""
-    if solver.evaluations(1) > nfe:
-        raise ValueError(
-            f"nfe leaves {nfe} evaluations for the steps; one step of {solver!r} costs {solver.evaluations(1)}: give it more"
-        )
+def steps_within(solver: Solver, nfe: int, extra: int = 0) -> int:
+    """The largest number of steps whose evaluations and `extra` fit in `nfe`; ValueError naming the least nfe when one does not."""
+    one = solver.evaluations(1)
+    if one + extra > nfe:
+        mean = f" and the final mean {extra}" if extra else ""
+        raise ValueError(f"nfe is {nfe}; one step of {solver!r} costs {one}{mean}: the least is nfe={one + extra}")
+    nfe -= extra
     low, high = 1, nfe  # a step costs at least one evaluation, and more steps never cost less
     while low < high:
         mid = (low + high + 1) // 2
@@ -85,12 +88,14 @@ def plan(
     """Times, t_max first (or as given), from exactly one of nfe, steps and times; `extra` evaluations are kept out of nfe."""
     given = {"nfe": nfe, "steps": steps, "times": times}
     names = [name for name, value in given.items() if value is not None]
+    if grid is not None:
+        check_callable(grid, "grid", "a rule (sde, n) -> times, as scoresde.grid.karras")
     if times is not None and len(names) == 1:
         if grid is not None:
             raise ValueError("times and grid are both given; times already is the grid: drop one")
         return check_times(times, sde)
     if solver.adaptive:
-        if names:
+        if names := names + ["grid"] * (grid is not None):
             raise ValueError(
                 f"{solver!r} is adaptive and chooses its steps: drop {' and '.join(names)}; max_nfe= of the solver bounds it"
             )
@@ -98,7 +103,7 @@ def plan(
     if len(names) != 1:
         raise ValueError(f"got {' and '.join(names) or 'none'} of nfe, steps, times; wanted exactly one")
     if nfe is not None:
-        steps = steps_within(solver, check_count(nfe, "nfe") - extra)
+        steps = steps_within(solver, check_count(nfe, "nfe"), extra)
     return check_times((grid or solver.grid)(sde, check_count(steps, "steps")), sde)
 
 
@@ -112,7 +117,7 @@ def chunks(rows: int, microbatch: int | None) -> Iterator[tuple[Tensor, int]]:
         yield torch.arange(0), 0
 
 
-def noise_of(rows: int, seeds: Any, generator: torch.Generator | None) -> tuple[Noise, Sequence[int] | None]:
+def noise_of(rows: int, seeds: Any, generator: torch.Generator | None) -> tuple[Noise, Any]:
     """The noise source of a call, and the seeds that repeat it."""
     if generator is not None:
         if seeds is not None:
@@ -120,6 +125,7 @@ def noise_of(rows: int, seeds: Any, generator: torch.Generator | None) -> tuple[
         return gaussian(generator), None
     if seeds is None:
         seeds = entropy_seeds(rows)
+    seeds = seeds if isinstance(seeds, (Sequence, Tensor)) or not isinstance(seeds, Iterable) else list(seeds)
     noise = seeded(seeds)
     check_rows(seeds, rows, "seeds")
     return noise, seeds
@@ -138,7 +144,7 @@ def solve(
     ledger: dict[str, float] = {}
     for index, kept in chunks(len(x), microbatch):
         part_noise = None if noise is None else noise.select(index)
-        oracle = Oracle(wrap(denoiser.select(index), part_noise), len(index), part_noise)
+        oracle = Oracle(wrap(denoiser.select(index), part_noise), len(index), part_noise, names=index, throw=throw)
         with oracle:
             last = x[index.to(x.device)]
             for _, state in trajectory(oracle, solver, last, times):
@@ -178,8 +184,9 @@ def sample(
     fresh entropy, kept in `.seeds`. x: the state at times[0] (then dtype and device are x's). microbatch: the network sees exactly
     this many rows. device: default the denoiser's. throw: raise NonFiniteError (False: read `.status`).
     """
-    sde = Oracle(denoiser, 0).sde
-    shape = tuple(shape.shape) if isinstance(shape, Tensor) else tuple(shape)
+    sde = check_denoiser(denoiser).sde
+    shape = shape.shape if isinstance(shape, Tensor) else shape
+    shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
     if len(shape) < 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
         raise ValueError(f"shape is {shape}; wanted [B, *event] of non-negative integers, as in (16, 3, 32, 32)")
     solver = check_solver(solver) if solver is not None else default_solver(nfe)
@@ -194,11 +201,12 @@ def sample(
             )
         if device is None:
             device = next((p.device for p in (*denoiser.parameters(), *denoiser.buffers())), torch.device("cpu"))
-        x = check_state(torch.empty(0, 1, dtype=dtype), "dtype") if not shape else noise.initial(shape, torch.float64, device)
-        x = check_state((sde.prior_std() * x).to(dtype), "x (from dtype=)")
-    elif x.shape != shape:
+        if dtype not in STATE_DTYPES:
+            raise TypeError(f"dtype is {dtype!r}; wanted torch.float32 or torch.float64: a network may run in another (net.half())")
+        x = (sde.prior_std() * noise.initial(shape, torch.float64, device)).to(dtype)
+    elif check_state(x).shape != shape:
         raise ValueError(f"x is {shape_of(x)}; wanted the shape given, {list(shape)}")
-    check_finite(check_state(x))
+    check_finite(x)
     return solve(denoiser, x, solver, times, noise, microbatch, throw=throw, finish=final_mean if denoise else None, seeds=kept)
 
 
@@ -231,7 +239,7 @@ def encode(
 
     Default: TorchDiffEq() when no budget is given, else Heun; the grid is uniform in logsnr.
     """
-    solver, times = ode_plan(Oracle(denoiser, 0).sde, solver, nfe=nfe, steps=steps, times=times, grid=grid)
+    solver, times = ode_plan(check_denoiser(denoiser).sde, solver, nfe=nfe, steps=steps, times=times, grid=grid)
     x = check_finite(check_state(x))
     return solve(denoiser, x, solver, times.sort().values, None, microbatch, throw=throw)
 
@@ -242,6 +250,6 @@ def decode(
     times: Tensor | None = None, grid: Grid | None = None, microbatch: int | None = None, throw: bool = True,
 ) -> Solution:  # fmt: skip
     """The inverse of `encode`: the probability flow from x at t_max down to the state at t_min (no final mean)."""
-    solver, times = ode_plan(Oracle(denoiser, 0).sde, solver, nfe=nfe, steps=steps, times=times, grid=grid)
+    solver, times = ode_plan(check_denoiser(denoiser).sde, solver, nfe=nfe, steps=steps, times=times, grid=grid)
     x = check_finite(check_state(x))
     return solve(denoiser, x, solver, times.sort(descending=True).values, None, microbatch, throw=throw)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_number, check_state
+from .checks import check_finite, check_number, check_state, shape_of
 from .linear import SDE, DiscreteVP, LinearSDE, Tabulated
 
 __all__ = ["EDM", "SDE", "VE", "VP", "Cosine", "DiscreteVP", "LinearSDE", "Rectified", "SubVP", "Tabulated"]
@@ -69,7 +69,10 @@ class VP(LinearSDE):
     @staticmethod
     def from_betas(betas: Sequence[float] | Tensor) -> DiscreteVP:
         """The continuous SDE through a discrete DDPM chain; see `DiscreteVP`."""
-        return DiscreteVP(tuple(float(b) for b in betas))
+        betas = torch.as_tensor(betas, dtype=torch.float64)
+        if betas.ndim != 1:
+            raise ValueError(f"betas is {shape_of(betas)}; wanted one dimension, the chain's steps in order")
+        return DiscreteVP(tuple(betas.tolist()))
 
 
 @dataclass(frozen=True)

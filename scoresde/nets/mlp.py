@@ -32,7 +32,7 @@ class MLP(nn.Module):
     Raises:
         TypeError, ValueError: an argument is not what is said above.
 
-    Source: He et al. 2016 (residual blocks), Perez et al. 2018, eq. 1 (scale and shift).
+    Source: He et al. 2016 (residual blocks), Perez et al. 2018, eq. 2 (scale and shift).
     """
 
     def __init__(

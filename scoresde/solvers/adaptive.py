@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,11 @@ _ORDERS = {"dopri8": 8, "dopri5": 5, "bosh3": 3, "fehlberg2": 2, "adaptive_heun"
 class _Field:
     """dx/dt as torchdiffeq calls it: (t, x), bounded, finite, never outside [t, s]; rejected steps are told to the ledger."""
 
-    def __init__(self, oracle: Oracle, t: Tensor, s: Tensor, max_nfe: int) -> None:
+    def __init__(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, max_nfe: int) -> None:
         self.oracle, self.max_nfe = oracle, max_nfe
         self.ends = (float(t), float(s))
         self.calls = self.settled = 0
+        self.lost = self.of_rows(~x.isfinite())  # samples that met NaN stand still from there, and end as NaN
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         if self.calls >= self.max_nfe:
@@ -36,15 +38,31 @@ class _Field:
             )
         self.calls += 1
         u = t.detach().to("cpu", torch.float64).clamp(min(self.ends), max(self.ends))
+        if bool(u.isnan()):
+            raise RuntimeError(f"the step size from t = {self.ends[0]:.6g} to {self.ends[1]:.6g} is not finite; loosen rtol and atol")
         dx = flow(self.oracle, x, u)
-        bad = (~dx.isfinite()).flatten(1).any(1)
+        bad = self.of_rows(~dx.isfinite()) & ~self.lost
         if bool(bad.any()):
-            rows = bad.nonzero().flatten().tolist()
-            raise NonFiniteError(
-                f"dx/dt of samples {rows[:8]} ({len(rows)} of {len(x)}) is not finite at t = {float(u):.6g}, evaluation {self.calls}: "
-                "the denoiser returned NaN or infinity there; check the network at that time"
-            )
-        return dx
+            rows = self.oracle.names[bad.flatten().cpu()].unique().tolist()
+            if self.oracle.throw:
+                raise NonFiniteError(
+                    f"dx/dt of samples {rows[:8]} ({len(rows)} of {len(self.oracle.names.unique())}) is not finite at "
+                    f"t = {float(u):.6g}, evaluation {self.calls}: the denoiser returned NaN or infinity there; check the network at "
+                    "that time, or use throw=False and read .status"
+                )
+            self.lost = self.lost | bad
+        return dx.masked_fill(self.lost, 0.0)
+
+    @staticmethod
+    def of_rows(where: Tensor) -> Tensor:
+        """Whether any entry of a row is marked, `[B, 1, ..., 1]`."""
+        return where.flatten(1).any(1).reshape(-1, *[1] * (where.ndim - 1))
+
+    def norm(self, ratio: Tensor) -> Tensor:
+        """Largest root mean square over the samples not lost: the tolerance holds for each, whoever its mates are."""
+        if not ratio.numel():
+            return ratio.sum()
+        return ratio.masked_fill(self.lost, 0.0).flatten(1).square().mean(1).sqrt().max()
 
     def callback_accept_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
         self.settled = self.calls
@@ -52,11 +70,6 @@ class _Field:
     def callback_reject_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
         self.oracle.record("rejected", self.calls - self.settled)
         self.settled = self.calls
-
-
-def _worst_row(ratio: Tensor) -> Tensor:
-    """Largest root mean square over the samples: the tolerance holds for each, whoever its mates are."""
-    return ratio.flatten(1).square().mean(1).sqrt().max() if ratio.numel() else ratio.sum()
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,14 @@ class TorchDiffEq(Solver):
         """x_s from x_t, any number of evaluations."""
         if not len(x):
             return x, None
-        options = {"step_t": s[None], "norm": _worst_row}  # step_t: it would step past s and interpolate back
-        field = _Field(oracle, t, s, self.max_nfe)
+        field = _Field(oracle, x, t, s, self.max_nfe)
+        options = {"step_t": s[None], "norm": field.norm}  # step_t: it would step past s and interpolate back
         span = torch.stack([t, s]).to(x.device)
-        return odeint(field, x, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)[-1], None
+        try:
+            x = odeint(field, x.masked_fill(field.lost, 0.0), span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)[-1]
+        except AssertionError as error:
+            raise RuntimeError(
+                f"torchdiffeq gave up between t = {float(t):.6g} and {float(s):.6g} after {field.calls} evaluations ({error}); loosen "
+                "rtol and atol, solve in float64, or check that the denoiser is smooth"
+            ) from error
+        return x.masked_fill(field.lost, math.nan), None

@@ -79,7 +79,8 @@ class MALA(Langevin):
         gain = gain + ((z**2 - reverse**2) / 2).flatten(1).sum(1)
         u = oracle.noise.uniform(x.flatten(1)[:, :1], CORRECTOR).flatten()
         accept = (u.log() < gain).reshape(-1, *[1] * (x.ndim - 1))
-        return torch.where(accept, y, x), None
+        lost = gain.isnan().reshape(accept.shape)  # of a NaN score: refused for ever, it would go unseen
+        return torch.where(accept, y, x).masked_fill(lost, math.nan), None
 
 
 @dataclass(frozen=True)

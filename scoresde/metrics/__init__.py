@@ -1,0 +1,15 @@
+"""Distances between two sets of samples; they know nothing of diffusion."""
+
+from scoresde.metrics.features import Features, ModuleFeatures
+from scoresde.metrics.frechet import Statistics, fid, frechet_distance
+from scoresde.metrics.wasserstein import gaussian_wasserstein, sliced_wasserstein
+
+__all__ = [
+    "Features",
+    "ModuleFeatures",
+    "Statistics",
+    "fid",
+    "frechet_distance",
+    "gaussian_wasserstein",
+    "sliced_wasserstein",
+]
