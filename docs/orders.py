@@ -24,9 +24,8 @@ def table() -> str:
         for name in ["VP"] if solver.invariant else laws.SIX:
             (ex, sx), (el, sl) = laws.order_in_x(solver, sdes[name]), laws.order_in_log_p(solver, sdes[name])
             where = "all (invariant)" if solver.invariant else name
-            lines.append(
-                f"| `{solver!r}` | {where} | {solver.order} | {solver.evaluations(10)} | {sx[-1]:.2f} | {ex[-1]:.1e} | {sl[-1]:.2f} | {el[-1]:.1e} |"
-            )
+            stated = f"| `{solver!r}` | {where} | {solver.order} | {solver.evaluations(10)} "
+            lines.append(f"{stated}| {sx[-1]:.2f} | {ex[-1]:.1e} | {sl[-1]:.2f} | {el[-1]:.1e} |")
     return "\n".join(lines)
 
 

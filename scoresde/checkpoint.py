@@ -26,11 +26,10 @@ FORMAT = 1
 
 
 def _known(module: Any, name: Any, what: str) -> Any:
-    """The object of this name that `module` exports; names in a file never reach further."""
-    if name not in module.__all__:
-        raise ValueError(
-            f"config.json names the {what} {name!r}; known are {sorted(module.__all__)}: pass {what}= to load your own"
-        )
+    """The object of this name that `module` exports (a function for a parameterization, else a class); names reach no further."""
+    known = sorted(n for n in module.__all__ if isinstance(getattr(module, n), type) == (what != "parameterization"))
+    if name not in known:
+        raise ValueError(f"config.json names the {what} {name!r}; known are {known}: pass {what}= to load your own")
     return getattr(module, name)
 
 
@@ -129,6 +128,10 @@ def load(
         )
     sde = sde or _build(sdes, parts[0], "sde")
     parameterization = parameterization or _parameterization(parts[1])
+    state, own = load_tensors(weights), net is not None
     net = net or _build(nets, parts[2], "net")
-    net.load_state_dict(load_tensors(weights))
+    try:  # the named net takes the dtype of the file; a net of the caller's keeps its own
+        net.load_state_dict(state if own else {name: value.clone() for name, value in state.items()}, assign=not own)
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit the {type(net).__name__} ({error}); pass net= as it was trained") from error
     return Preconditioned(net, sde, parameterization).eval()

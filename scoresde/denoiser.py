@@ -61,6 +61,10 @@ class Denoiser(nn.Module, ABC):
         """The same denoiser for these rows of the batch: itself, unless it holds per-sample tensors."""
         return self
 
+    def error_norm(self, ratio: Tensor) -> Tensor:
+        """Size `[B]` of an error over its tolerance, of the shape of x: what an adaptive solver keeps below 1. Root mean square."""
+        return ratio.flatten(1).square().mean(1).sqrt()
+
     def record(self, name: str, amount: float) -> None:
         """Tell the oracles now solving that a sample has cost `amount` network passes of kind `name`."""
         for recorder in self.recorders:

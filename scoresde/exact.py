@@ -69,7 +69,9 @@ class _Density(Denoiser):
         alpha, sigma = (one, 0 * one) if t is None else (self.sde.alpha(t), self.sde.sigma(t))
         log_p = self._blocks(x, alpha, sigma)[1]
         if t is None and bool((log_p.isnan() | (log_p == math.inf)).any()):
-            raise ValueError(f"{type(self).__name__} has a component of zero variance and no density of its own; pass t= for that of x_t")
+            raise ValueError(
+                f"{type(self).__name__} has a component of zero variance and no density of its own; pass t= for that of x_t"
+            )
         return log_p
 
     def sample(self, n: int, t: Tensor | None = None, seeds: Any = None) -> Tensor:
@@ -116,13 +118,19 @@ class Mixture(_Density):
             if covariance.shape != (k, d, d):
                 raise ValueError(f"covariance is {shape_of(covariance)}; wanted [{k}, {d}, {d}] for means {list(means.shape)}")
             if float((gap := covariance - covariance.mT).abs().max()) > 1e-6 * float(covariance.abs().max()):
-                raise ValueError(f"covariance differs from its transpose by {gap.abs().max():.3g}; a Cholesky factor? wanted L @ L.mT")
+                raise ValueError(
+                    f"covariance differs from its transpose by {gap.abs().max():.3g}; a Cholesky factor? wanted L @ L.mT"
+                )
             spectrum, basis = torch.linalg.eigh((covariance + covariance.mT) / 2)
             if bool((spectrum < -1e-10 * spectrum.abs().amax(1, keepdim=True)).any()):
                 raise ValueError(f"covariance has the eigenvalue {spectrum.min():.3g}; wanted positive semi-definite matrices")
             self._fill(means, torch.zeros(k, 1), spectrum.clamp(min=0), basis, weights)
         else:
-            std = torch.as_tensor(check_number(std, "std", 0.0)) if not isinstance(std, Tensor) else _data(std, "std")
+            std = (
+                torch.tensor(check_number(std, "std", 0.0), dtype=torch.float64)
+                if not isinstance(std, Tensor)
+                else _data(std, "std")
+            )
             if std.shape not in ((), (k,), (k, *shape)) or bool((std < 0).any()):
                 least = f", least {std.min():.3g}" if std.numel() else ""
                 raise ValueError(f"std is {shape_of(std)}{least}; wanted (), [{k}] or {[k, *shape]}, all >= 0")
@@ -137,7 +145,7 @@ class Mixture(_Density):
             raise ValueError(f"weights is {shape_of(weights)}{least}; wanted [{k}] positive numbers")
         buffers = {"means": means.flatten(1), "tail": tail, "spectrum": spectrum, "basis": basis, "log_weights": weights.log()}
         for name, value in buffers.items():
-            self.register_buffer(name, value.double().to(means.device))
+            self.register_buffer(name, value.double().to(means.device).clone())  # never the caller's own tensor
         self.log_weights = self.log_weights.log_softmax(0)
 
     def _width(self) -> int:
@@ -182,7 +190,8 @@ class Gaussian(Mixture):
     ) -> None:
         if isinstance(mean, Tensor) and mean.ndim == 0:
             raise ValueError("mean is (); wanted an event of at least one dimension: mean[None]")
-        std, covariance = (c[None] if isinstance(c, Tensor) and c.ndim else c for c in (std, covariance))
+        std = std[None] if isinstance(std, Tensor) and std.ndim else std
+        covariance = covariance[None] if isinstance(covariance, Tensor) else covariance
         super().__init__(sde, mean[None] if isinstance(mean, Tensor) else mean, std, covariance=covariance)
 
     @classmethod

@@ -54,7 +54,15 @@ def nfe_fid(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         for r in results:
             if "nfe" not in r and r["solver"].startswith("train"):
                 axis.axhline(r["fid"], color="grey", ls=":", lw=1)
-                axis.text(0.99, r["fid"], r["solver"], ha="right", va="bottom", fontsize=7, transform=axis.get_yaxis_transform())
+                axis.text(
+                    0.99,
+                    r["fid"],
+                    r["solver"].split(" (")[0],
+                    ha="right",
+                    va="bottom",
+                    fontsize=7,
+                    transform=axis.get_yaxis_transform(),
+                )
         axis.set(title=problem, xlabel="NFE (counted)", ylabel="FID (digit classifier's features)")
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3, which="both", lw=0.4)

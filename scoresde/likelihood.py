@@ -80,6 +80,11 @@ class Augmented(Denoiser):
                 self.batched = False
         return torch.stack([back(v)[0] for v in vectors])
 
+    def error_norm(self, ratio: Tensor) -> Tensor:
+        """The larger of that of x and that of the l-channels, which would drown among D others in one mean."""
+        d = self.shape.numel()
+        return torch.maximum(super().error_norm(ratio[:, :d]), super().error_norm(ratio[:, d:]))
+
     def select(self, index: Any) -> Augmented:
         """These rows, with their own probes."""
         noise = None if self.noise is None else self.noise.select(index)
@@ -121,7 +126,7 @@ def log_prob(
     """Log p_{t_min}(x) in nats, `[B]`: x `[B, *shape]` is a noised state, for clean data see `bits_per_dim`.
 
     log p(x) = log prior(z) + l + D log(alpha_T / alpha_0), z and l = int tr(d eps / dy) drho by `solver` (deterministic; default
-    TorchDiffEq() without a budget, else Heun) on a grid uniform in logsnr. prior: log-density at the last time, default
+    TorchDiffEq() without a budget, else DPMSolverPP(2)) on a grid uniform in logsnr. prior: log-density at the last time, default
     `sde.prior_log_prob`, which differs from the true p_T by the mismatch of the SDE. probes: None for the exact divergence (D
     vector-Jacobian products an evaluation, `chunk` at a time), k for k Rademacher probes. Gradients flow when x requires grad.
     Song et al. 2021 (ICLR), app. D; Grathwohl et al. 2019 (ICLR).
@@ -154,7 +159,7 @@ def log_prob(
         if not isinstance(density, Tensor) or density.shape != (len(x),):
             raise ValueError(f"prior returned {shape_of(density)} for {len(x)} samples; wanted their log-densities [{len(x)}]")
         value = density + gains.mean(1) + d * (b / a).log()
-    stderr = gains.detach().std(1) / k**0.5 if k > 1 else value.detach() * (0 if k == 0 else float("nan"))
+    stderr = gains.detach().std(1) / k**0.5 if k > 1 and len(x) else value.detach() * (0 if k == 0 else float("nan"))
     return LogProb(value, stderr, latent, solution)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import check_callable, check_number, check_state, check_time
 from .denoiser import Denoiser, check_denoiser
-from .linear import LinearSDE, cast
+from .linear import LinearSDE
 from .noise import entropy_seeds, seeded
 
 __all__ = ["capped", "dsm_loss", "edm", "likelihood", "log_normal", "simple", "stratified", "uniform"]
@@ -35,7 +35,7 @@ def dsm_loss(denoiser: Denoiser, x0: Tensor, t: Tensor, weight: Weight, noise: T
     if noise is None:
         noise = seeded(entropy_seeds(len(x0))).initial(x0.shape, x0.dtype, x0.device)
     error = (denoiser.predict(sde.perturb(x0, t, noise), t).x0 - x0).square().flatten(1).mean(1)
-    return cast(weight(sde, t.double()), x0).flatten() * error
+    return torch.as_tensor(weight(sde, t.double())).to(error).flatten() * error
 
 
 def simple(sde: LinearSDE, t: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ def trajectory(oracle: Oracle, solver: Solver, x: Tensor, times: Tensor) -> Iter
     """Yield (t, x) at every time of `times`, the first included: the only loop that drives a solver.
 
     x `[B, *shape]` at times[0]; times strictly monotone inside [t_min, t_max], down to sample, up to encode (deterministic solvers).
+    Run to its end, it raises NonFiniteError for a state that was not finite (unless the oracle has throw=False).
     """
     if not isinstance(oracle, Oracle):
         raise TypeError(f"oracle is {shape_of(oracle)}; wanted an Oracle of it: Oracle(denoiser, len(x), noise)")
@@ -38,6 +39,8 @@ def trajectory(oracle: Oracle, solver: Solver, x: Tensor, times: Tensor) -> Iter
         x, state = solver.step(oracle, x, t, s, state)
         oracle.watch(x)
         yield s, x
+    if oracle.throw:
+        oracle.check(times)
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,6 @@ def solve(
             last = x[index.to(x.device)]
             for _, state in trajectory(oracle, solver, last, times):
                 last = state
-            if throw:
-                oracle.check(times)
             if finish is not None:
                 last = finish(oracle, last, times[-1])
                 oracle.watch(last)
@@ -223,7 +224,7 @@ def ode_plan(
 ) -> tuple[Solver, Tensor]:
     """Solver and times of an encode, a decode or a likelihood: deterministic, uniform in logsnr whatever a solver recommends."""
     if solver is None:
-        solver = TorchDiffEq() if nfe is steps is times is None else Heun()
+        solver = TorchDiffEq() if nfe is steps is times is None else DPMSolverPP(2)
     if check_solver(solver).stochastic:
         raise TypeError(f"{solver!r} is stochastic and has no inverse and no density; wanted a deterministic solver such as Heun()")
     grid = grid or (None if solver.adaptive or times is not None else logsnr)
@@ -237,7 +238,7 @@ def encode(
 ) -> Solution:  # fmt: skip
     """The latent of x: the probability flow from t_min up to t_max. x `[B, *shape]` is a state at t_min; nothing is clipped.
 
-    Default: TorchDiffEq() when no budget is given, else Heun; the grid is uniform in logsnr.
+    Default: TorchDiffEq() when no budget is given, else DPMSolverPP(2); the grid is uniform in logsnr.
     """
     solver, times = ode_plan(check_denoiser(denoiser).sde, solver, nfe=nfe, steps=steps, times=times, grid=grid)
     x = check_finite(check_state(x))

@@ -69,14 +69,18 @@ def fit(
     a step that would put NaN into the parameters, ValueError for NaN in data.
     """
     check_denoiser(denoiser)
-    times = stratified(log_normal) if times is None else check_callable(times, "times", "a function (sde, u) -> times of u in (0, 1)")
+    times = (
+        stratified(log_normal) if times is None else check_callable(times, "times", "a function (sde, u) -> times of u in (0, 1)")
+    )
     if isinstance(batches, torch.Tensor):
         raise TypeError(f"batches is a tensor {shape_of(batches)}; wanted an iterable of them: [x0], a DataLoader or a generator")
     if clip != math.inf:
         check_number(clip, "clip", 0.0, open_low=True)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3) if optimizer is None else optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is {optimizer!r}; wanted a torch.optim.Optimizer of denoiser.parameters(), as torch.optim.Adam makes")
+        raise TypeError(
+            f"optimizer is {optimizer!r}; wanted a torch.optim.Optimizer of denoiser.parameters(), as torch.optim.Adam makes"
+        )
     if generator is None:
         generator = torch.Generator().manual_seed(entropy_seeds(1)[0])
     elif not isinstance(generator, torch.Generator):
@@ -86,7 +90,9 @@ def fit(
     for number, batch in enumerate(batches, 1):
         parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch, None)
         if len(parts) != 2:
-            raise ValueError(f"batch {number} has {len(parts)} parts; wanted a tensor x0 or a pair (x0, cond): (b[0] for b in batches)")
+            raise ValueError(
+                f"batch {number} has {len(parts)} parts; wanted a tensor x0 or a pair (x0, cond): (b[0] for b in batches)"
+            )
         x0, cond = parts
         check_finite(check_state(x0, "x0"), "x0")
         if cond is not None and not isinstance(denoiser, Preconditioned):

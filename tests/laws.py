@@ -117,17 +117,17 @@ class Impulses(Noise):
     def __init__(self, rows: int) -> None:
         self.rows, self.draws = rows, 0
 
-    def _normal(self, like: Tensor, stream: int) -> Tensor:
-        z = torch.zeros_like(like)
-        d = like[0].numel()
+    def draw(self, x: Tensor, stream: int) -> Tensor:
+        z = torch.zeros_like(x)
+        d = x[0].numel()
         for j in range(d):
             row = 1 + d + self.draws * d + j
             if row < self.rows:
-                z.view(len(like), -1)[row, j] = 1
+                z.view(len(x), -1)[row, j] = 1
         self.draws += 1
         return z
 
-    _uniform = _signs = None
+    uniform = signs = None
 
     def select(self, index: object) -> Noise:
         return self

@@ -10,7 +10,7 @@ import torch
 from laws import FLOWS, SIX, STOCHASTIC, D, every_sde, every_solver, label, logsnr_times, mixture, run
 
 import scoresde
-from scoresde import EDM, MALA, VP, Ancestral, DDIM, EulerMaruyama, Gaussian, Heun, Langevin, PredictorCorrector, TorchDiffEq
+from scoresde import DDIM, EDM, MALA, VP, Ancestral, EulerMaruyama, Gaussian, Heun, Langevin, PredictorCorrector, TorchDiffEq
 from scoresde.noise import brownian, seeded
 from scoresde.sample import chunks, plan
 
@@ -250,7 +250,7 @@ def test_batchwise_solver_is_independent_at_microbatch_one():
 
 
 def test_chunks_cover_every_row_once_and_pad_to_size():
-    for rows in range(0, 12):
+    for rows in range(12):
         for size in (None, 1, 3, 5, 20):
             parts = list(chunks(rows, size))
             assert torch.equal(torch.cat([index[:kept] for index, kept in parts]), torch.arange(rows))

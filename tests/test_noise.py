@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 
 from scoresde import noise as N
+from scoresde import philox as P
 from scoresde.noise import CORRECTOR, INITIAL, PROBE, STEP, brownian, entropy_seeds, gaussian, seeded
 
 F64 = {"dtype": torch.float64}
@@ -85,8 +86,8 @@ VECTORS = [
 def test_philox_gives_the_known_answers_of_random123(counter, key, words, rows):
     signed = [v - 2**64 * (v >= 2**63) for v in (key[0] | key[1] << 32, counter[1] | counter[2] << 32)]
     seeds, index = (torch.full((rows,), v, dtype=torch.int64) for v in signed)
-    keys = torch.stack((seeds & N.WORD, seeds >> 32))[:, :, None] + N.WEYL
-    a, b = N._rounds(keys, index, counter[3], torch.tensor([counter[0]]))
+    keys = torch.stack((seeds & P.WORD, seeds >> 32))[:, :, None] + P.WEYL
+    a, b = P._rounds(keys, index, counter[3], torch.tensor([counter[0]]))
     assert philox(counter, key) == words
     assert all((int(a[0, i]), int(b[0, i]), int(a[1, i]), int(b[1, i])) == words for i in range(rows))
 
@@ -180,6 +181,17 @@ def test_the_bits_do_not_depend_on_vector_width_or_threads():
     assert run.stdout.split() == ["2", "DEFAULT", *map(str, here["digest"])]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_bits_do_not_depend_on_the_device():
+    x, rows = torch.zeros(6, 3, 50), torch.linspace(0.2, 0.9, 6, **F64)[:, None, None]
+    for make in MAKERS.values():
+        for dtype in (torch.float32, torch.float64):
+            here, there = everything(make(range(6)), x.to(dtype)), everything(make(range(6)), x.to("cuda", dtype))
+            assert torch.equal(here, there.cpu())
+        here, there = make(range(6)).pair(x, rows, time(0.5)), make(range(6)).pair(x.cuda(), rows.cuda(), time(0.5).cuda())
+        assert all(torch.equal(v, w.cpu()) for v, w in zip(here, there, strict=True))
+
+
 @pytest.mark.parametrize("chunk", [3, 64, 2**20])
 @pytest.mark.parametrize("shape", [(5, 33), (33, 5), (1, 100), (100, 1)])
 def test_the_bits_do_not_depend_on_the_chunk(monkeypatch, chunk, shape):
@@ -190,7 +202,7 @@ def test_the_bits_do_not_depend_on_the_chunk(monkeypatch, chunk, shape):
         return [a(x, t, s) for _ in range(3)] + [a.uniform(x, PROBE), a.signs(x, PROBE), b(x, t, s)]
 
     wanted = draws()
-    monkeypatch.setattr(N, "CHUNK", chunk)
+    monkeypatch.setattr(P, "CHUNK", chunk)
     assert all(torch.equal(v, w) for v, w in zip(draws(), wanted, strict=True))
 
 
@@ -217,7 +229,7 @@ def everything(source, x):
             source.uniform(x, CORRECTOR),
             source(x, late, t),
             source.draw(x, CORRECTOR),
-            source.initial(x.shape, x.dtype),
+            source.initial(x.shape, x.dtype, x.device),
         ]
     )
 
@@ -312,11 +324,11 @@ def ulps(got, wanted):
 def test_log_cos_and_sin_are_right_to_double_precision():
     words = torch.randint(0, 2**32, (200_000,), generator=generator())
     words[:6] = torch.tensor([0, 1, 2**32 - 1, 2**32 - 2, 2**30, 2**31])
-    u = N._unit(words)
-    assert ulps(N._minus_two_log(u), -2 * u.log()) <= 4
+    u = P.unit(words)
+    assert ulps(P._minus_two_log(u), -2 * u.log()) <= 4
     angle = ((words & 2**30 - 1).double() - (2**29 - 0.5)) * (math.pi * 2.0**-31)
     swap, sign = words >> 30 & 1 == 1, 1 - 2 * (words >> 31)
-    cos, sin = N._cos_sin(words)
+    cos, sin = P._cos_sin(words)
     assert ulps(cos, sign * torch.where(swap, angle.sin(), angle.cos())) <= 4
     assert ulps(sin, sign * torch.where(swap, angle.cos(), angle.sin())) <= 4
 

@@ -39,7 +39,9 @@ class _Field:
         self.calls += 1
         u = t.detach().to("cpu", torch.float64).clamp(min(self.ends), max(self.ends))
         if bool(u.isnan()):
-            raise RuntimeError(f"the step size from t = {self.ends[0]:.6g} to {self.ends[1]:.6g} is not finite; loosen rtol and atol")
+            raise RuntimeError(
+                f"the step size from t = {self.ends[0]:.6g} to {self.ends[1]:.6g} is not finite; loosen rtol and atol"
+            )
         dx = flow(self.oracle, x, u)
         bad = self.of_rows(~dx.isfinite()) & ~self.lost
         if bool(bad.any()):
@@ -59,10 +61,8 @@ class _Field:
         return where.flatten(1).any(1).reshape(-1, *[1] * (where.ndim - 1))
 
     def norm(self, ratio: Tensor) -> Tensor:
-        """Largest root mean square over the samples not lost: the tolerance holds for each, whoever its mates are."""
-        if not ratio.numel():
-            return ratio.sum()
-        return ratio.masked_fill(self.lost, 0.0).flatten(1).square().mean(1).sqrt().max()
+        """Largest over the samples not lost: the tolerance holds for each, whoever its mates are."""
+        return self.oracle.denoiser.error_norm(ratio.masked_fill(self.lost, 0.0)).max()
 
     def callback_accept_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
         self.settled = self.calls
@@ -76,7 +76,8 @@ class _Field:
 class TorchDiffEq(Solver):
     """An adaptive method of torchdiffeq on dx/dt, time from t to s: dopri5, dopri8, bosh3, fehlberg2 or adaptive_heun.
 
-    rtol, atol bound the local error of each sample (root mean square over its entries). The step is one for the whole batch (the
+    rtol, atol bound the local error of each sample (root mean square over its entries; a
+    likelihood's l-channels apart). The step is one for the whole batch (the
     worst sample's), so a sample's last digits depend on its batch mates; `microbatch=1` makes them independent. max_nfe bounds the
     work: RuntimeError. NonFiniteError names the samples and t. Chen et al. 2018 (NeurIPS); Dormand & Prince 1980 for dopri5.
     """
@@ -114,7 +115,9 @@ class TorchDiffEq(Solver):
         options = {"step_t": s[None], "norm": field.norm}  # step_t: it would step past s and interpolate back
         span = torch.stack([t, s]).to(x.device)
         try:
-            x = odeint(field, x.masked_fill(field.lost, 0.0), span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)[-1]
+            x = odeint(
+                field, x.masked_fill(field.lost, 0.0), span, rtol=self.rtol, atol=self.atol, method=self.method, options=options
+            )[-1]
         except AssertionError as error:
             raise RuntimeError(
                 f"torchdiffeq gave up between t = {float(t):.6g} and {float(s):.6g} after {field.calls} evaluations ({error}); loosen "

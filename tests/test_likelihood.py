@@ -1,0 +1,347 @@
+"""Likelihoods: against closed forms, against the integral of the density, and against each other."""
+
+import math
+
+import pytest
+import torch
+from laws import SIX, D, every_sde, mixture
+
+import scoresde as s
+from scoresde import EDM, VP, Gaussian, Heun, Mixture, TorchDiffEq
+from scoresde.likelihood import Quantized
+from scoresde.noise import seeded
+
+SDES = every_sde()
+TIGHT = TorchDiffEq("dopri5", 1e-9, 1e-9)
+EIGHTH = TorchDiffEq("dopri8", 1e-9, 1e-9)
+
+
+def ends(sde):
+    return torch.tensor([sde.t_min, sde.t_max], dtype=D)
+
+
+def problem(name, rows):
+    """The mixture, states of exact p_{t_min}, and their exact log p."""
+    law = mixture(SDES[name])
+    first, _ = ends(law.sde)
+    x = law.sample(rows, first, seeds=range(rows))
+    return law, x, law.log_prob(x, first)
+
+
+def unet(**kwargs):
+    """A network of images (1, 4, 4) in float64, away from its zero start."""
+    net = s.UNet((1, 4, 4), channels=8, **kwargs).double()
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.add_(0.1 * seeded([i]).initial((1, *p.shape), D)[0])
+    return s.Preconditioned(net, VP())
+
+
+IMAGES = seeded(range(3)).initial((3, 1, 4, 4), D)
+
+
+# --- against the truth ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SIX)
+def test_log_p_is_exact_to_a_millionth_of_a_nat(name, record_property):
+    """dopri5 at 1e-9 with the exact p_T as prior, float64: the greatest of 16 errors against the closed form."""
+    law, x, truth = problem(name, 16)
+    _, last = ends(law.sde)
+    found = s.log_prob(law, x, TIGHT, prior=lambda z: law.log_prob(z, last))
+    error = float((found.value - truth).abs().max())
+    record_property("error", error)
+    print(f"{name}: {error:.2e} nats, NFE {found.nfe}")
+    assert error <= 1e-6
+    assert found.stderr.tolist() == [0.0] * 16
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_the_default_prior_is_off_by_its_stated_mismatch(name):
+    """log p by the flow - exact log p = log prior(z) - log p_T(z) at the latent z: nothing else is wrong."""
+    law, x, truth = problem(name, 8)
+    _, last = ends(law.sde)
+    found = s.log_prob(law, x, EIGHTH)
+    mismatch = law.sde.prior_log_prob(found.latent) - law.log_prob(found.latent, last)
+    assert (found.value - truth - mismatch).abs().max() <= 1e-8
+    assert 1e-9 < float(mismatch.abs().mean()) < 2e-2  # and small: 1e-3 ... 2e-2 nats at most
+
+
+@pytest.mark.parametrize("name", ["VP", "Rectified"])
+def test_densities_integrate_to_one(name):
+    """The flow is a bijection, so its density has mass one whatever the prior's mismatch."""
+    law = mixture(SDES[name])
+    axis = torch.linspace(-3.5, 3.5, 43, dtype=D)
+    found = s.log_prob(law, torch.cartesian_prod(axis, axis), TorchDiffEq("dopri5", 1e-6, 1e-6))
+    mass = float(found.value.exp().sum() * (axis[1] - axis[0]) ** 2)
+    assert abs(mass - 1) <= 1e-4
+
+
+def test_other_times_give_the_density_there():
+    """From t to T: log p_t, not log p_{t_min}; from t to u with the exact p_u as prior as well."""
+    law = mixture(VP())
+    t, u = torch.tensor(0.2, dtype=D), torch.tensor(0.6, dtype=D)
+    x = law.sample(8, t, seeds=range(8))
+    for last in (u, ends(law.sde)[1]):
+        found = s.log_prob(law, x, TIGHT, times=torch.stack([t, last]), prior=lambda z, last=last: law.log_prob(z, last))
+        assert (found.value - law.log_prob(x, t)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_float32_is_good_to_a_few_thousandths(name):
+    law, x, _ = problem(name, 16)
+    a, b = (s.log_prob(law, x.to(dtype), Heun(), steps=40) for dtype in (torch.float32, D))
+    assert a.value.dtype == torch.float32
+    assert (a.value.double() - b.value).abs().max() < 5e-3
+
+
+# --- latents -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("solver", [Heun(), s.Euler(), s.DPMSolverPP(2), s.DDIM()], ids=repr)
+@pytest.mark.parametrize("name", SIX)
+def test_the_latent_is_encodes(name, solver):
+    law, x, _ = problem(name, 8)
+    found = s.log_prob(law, x, solver, steps=12)
+    latent = s.encode(law, x, solver, steps=12)
+    assert torch.allclose(found.latent, latent.x, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found.solution.times, latent.times)
+    assert found.nfe == latent.nfe
+
+
+def test_the_latent_of_images_is_encodes():
+    model = unet()
+    found = s.log_prob(model, IMAGES, steps=3)
+    assert found.latent.shape == IMAGES.shape
+    assert torch.allclose(found.latent, s.encode(model, IMAGES, steps=3).x, rtol=1e-10)
+
+
+# --- the divergence ------------------------------------------------------------------------------------------------------
+def test_the_ledger_has_two_passes_a_derivative():
+    """Exact: D vector-Jacobian products an evaluation, 2 forward-equivalents each; k probes: 2 k."""
+    for law, x in ((mixture(VP()), torch.zeros(5, 2, dtype=D)), (unet(), IMAGES)):
+        d = x[0].numel()
+        for kwargs, each in (({}, 2 * d), ({"probes": 1}, 2), ({"probes": 3}, 6), ({"chunk": 1}, 2 * d), ({"chunk": 3}, 2 * d)):
+            for solver, nfe in ((Heun(), 8), (s.Euler(), 4)):
+                found = s.log_prob(law, x, solver, steps=4, seeds=range(len(x)), **kwargs)
+                assert found.nfe == nfe
+                assert found.ledger["score"] == found.ledger["network"] == nfe
+                assert found.ledger["divergence"] == each * nfe
+                assert found.ledger["guidance"] == found.ledger["denoise"] == 0
+
+
+def test_the_ledger_does_not_count_padding():
+    law = mixture(VP())
+    for rows in (1, 4, 7):
+        for probes in (None, 2):
+            found = s.log_prob(law, torch.zeros(rows, 2, dtype=D), steps=5, probes=probes, microbatch=4)
+            assert found.ledger["divergence"] == pytest.approx(4 * found.nfe)
+            assert found.ledger["network"] == pytest.approx(found.nfe)
+
+
+def test_chunks_of_the_divergence_agree():
+    model = unet()
+    values = [s.log_prob(model, IMAGES, steps=3, chunk=chunk).value for chunk in (1, 5, 16, 64)]
+    for value in values[1:]:
+        assert torch.allclose(value, values[0], rtol=1e-12)
+
+
+def test_the_divergence_is_the_trace_of_the_jacobian():
+    """One Euler step by hand in (y, rho): l = tr(d eps / dy) h, with the Jacobian written out."""
+    model, x = unet(), IMAGES
+    sde = model.sde
+    times = torch.tensor([0.3, 0.4], dtype=D)
+    t, u = times
+    found = s.log_prob(model, x, s.DDIM(), times=times, prior=lambda z: torch.zeros(len(z), dtype=D))
+    jacobian = torch.autograd.functional.jacobian(lambda v: model.predict(v, t).eps.sum(0), x).reshape(16, 3, 16)
+    trace = jacobian.diagonal(dim1=0, dim2=2).sum(1) * sde.alpha(t)
+    truth = (sde.rho(u) - sde.rho(t)) * trace + 16 * (sde.alpha(u) / sde.alpha(t)).log()
+    assert torch.allclose(found.value, truth, rtol=1e-10)
+
+
+# --- probes --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("solver", "kwargs"), [(Heun(), {"steps": 12}), (TorchDiffEq(rtol=1e-3, atol=1e-3), {})], ids=["Heun", "dopri5"]
+)
+def test_probes_are_unbiased(solver, kwargs):
+    """The mean over 2,000 seeds is within 5 standard errors of the exact divergence, and the stderr of a seed is right."""
+    n = 2000
+    # x0 = tanh-like and sheared: the Jacobian has off-diagonal entries, whose sum is what a probe's error is made of
+    law = Gaussian(VP(), torch.zeros(2, dtype=D), covariance=torch.tensor([[1.0, 0.6], [0.6, 0.5]], dtype=D))
+    x = torch.tensor([[0.7, -0.3]], dtype=D).expand(n, 2)
+    exact = s.log_prob(law, x[:1], solver, **kwargs).value
+    slack = 0.0 if solver.adaptive is False else 2e-3  # an adaptive step size depends on the probes, to the tolerance
+    for k in (1, 4):
+        found = s.log_prob(law, x, solver, probes=k, seeds=range(n), **kwargs)
+        spread = float(found.value.std())
+        assert spread > 0.01
+        assert abs(float(found.value.mean() - exact)) < 5 * spread / math.sqrt(n) + slack
+        if k == 1:
+            assert found.stderr.isnan().all()
+        else:
+            assert 0.8 < float(found.stderr.square().mean().sqrt()) / spread < 1.25
+
+
+def test_probes_of_a_seed_are_its_own():
+    law, x, _ = problem("VP", 9)
+    whole = s.log_prob(law, x, steps=6, probes=3, seeds=range(9))
+    part = s.log_prob(law, x[2:5], steps=6, probes=3, seeds=range(2, 5))
+    assert (part.value - whole.value[2:5]).abs().max() < 1e-12
+    assert (part.stderr - whole.stderr[2:5]).abs().max() < 1e-12
+    other = s.log_prob(law, x, steps=6, probes=3, seeds=range(9, 18))
+    assert not torch.equal(other.value, whole.value)
+    assert torch.equal(other.latent, whole.latent)
+    a, b = (s.log_prob(law, x, steps=6, probes=3, generator=torch.Generator().manual_seed(1)).value for _ in range(2))
+    assert torch.equal(a, b)
+
+
+def test_a_diagonal_jacobian_needs_one_probe():
+    """Rademacher probes: p' J p = tr J for a diagonal J, whatever the signs."""
+    law = Gaussian(VP(), torch.zeros(3, dtype=D), torch.tensor([0.2, 0.5, 1.0], dtype=D))
+    x = seeded(range(4)).initial((4, 3), D)
+    exact, probed = (s.log_prob(law, x, steps=8, probes=p, seeds=range(4)) for p in (None, 2))
+    assert torch.allclose(probed.value, exact.value, rtol=1e-12)
+    assert probed.stderr.abs().max() < 1e-12
+    assert exact.stderr.tolist() == [0.0] * 4
+
+
+# --- batch mates ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("probes", [None, 2])
+def test_rows_do_not_depend_on_their_mates_at_a_fixed_microbatch(probes):
+    for law, x in ((mixture(VP()), problem("VP", 9)[1]), (unet(), seeded(range(9)).initial((9, 1, 4, 4), D))):
+        kwargs = {"solver": Heun(), "steps": 3, "probes": probes, "microbatch": 4}
+        whole = s.log_prob(law, x, seeds=range(9), **kwargs)
+        part = s.log_prob(law, x[:6], seeds=range(6), **kwargs)
+        assert torch.equal(part.value, whole.value[:6])
+        assert torch.equal(part.latent, whole.latent[:6])
+        backwards = s.log_prob(law, x.flip(0), seeds=list(range(9))[::-1], **kwargs)
+        assert torch.equal(backwards.value.flip(0), whole.value)
+        free = s.log_prob(law, x, seeds=range(9), **{**kwargs, "microbatch": None})
+        assert torch.allclose(free.value, whole.value, rtol=1e-10)
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("probes", [None, 2])
+def test_gradients_with_respect_to_x(probes):
+    law = mixture(VP())
+    x = problem("VP", 3)[1].requires_grad_()
+    seeds = None if probes is None else range(3)
+    value = lambda v: s.log_prob(law, v, Heun(), steps=3, probes=probes, seeds=seeds).value
+    assert torch.autograd.gradcheck(value, (x,), eps=1e-6, atol=1e-6)
+    assert not s.log_prob(law, x.detach(), steps=3).value.requires_grad
+    with torch.no_grad():
+        assert not value(x).requires_grad
+
+
+def test_the_gradient_is_the_score():
+    law, x, _ = problem("VP", 6)
+    first, last = ends(law.sde)
+    x = x.requires_grad_()
+    value = s.log_prob(law, x, Heun(), steps=200, prior=lambda z: law.log_prob(z, last)).value
+    score = torch.autograd.grad(value.sum(), x)[0]
+    assert torch.allclose(score, law.score(x.detach(), first), rtol=0.02, atol=0.02)
+
+
+def test_gradients_with_respect_to_weights():
+    """Maximum likelihood through the solver: the gradient of a network's parameter by central differences."""
+    model = s.Preconditioned(s.MLP(2, width=8, depth=1).double(), VP())
+    weight = model.net.leave.weight
+    x = problem("VP", 4)[1].requires_grad_()
+    value = lambda: s.log_prob(model, x, Heun(), steps=3).value.sum()
+    gradient = torch.autograd.grad(value(), weight)[0][0, 0]
+    h, ends_of = 1e-6, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[0, 0] += sign * h
+        ends_of.append(float(value().detach()))
+        with torch.no_grad():
+            weight[0, 0] -= sign * h
+    assert float(gradient) == pytest.approx((ends_of[0] - ends_of[1]) / (2 * h), rel=1e-5)
+
+
+# --- bits a dimension ----------------------------------------------------------------------------------------------------
+def uniform_law(low, high, cells=200):
+    """Uniform on [low, high]: narrow Gaussians side by side; only within a cell of the ends does it differ."""
+    width = (high - low) / cells
+    means = low + width * (torch.arange(cells, dtype=D) + 0.5)
+    return Mixture(EDM(), means[:, None], width)
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_uniform_levels_cost_log2_of_their_number(levels):
+    law = uniform_law(-1, 1)
+    images = torch.arange(levels).repeat(-(-256 // levels))[:, None]
+    solver = TorchDiffEq("dopri5", 1e-4, 1e-4)
+    found = s.bits_per_dim(law, images, solver, levels=levels, seeds=range(len(images)), dtype=D)
+    assert -0.005 < found.value - math.log2(levels) < 0.02
+    assert found.each.shape == (len(images),)
+    assert found.value == pytest.approx(float(found.each.mean()))
+    assert found.dequantization == "uniform"
+
+
+def test_the_arithmetic_by_hand():
+    """A Gaussian model and u = 1/4: -(log p(alpha x0) + D log alpha + D log cell - log q) / (D log 2)."""
+    law = Gaussian(VP(), torch.zeros(1, 2, 2, dtype=D), 0.7)
+    first, last = ends(law.sde)
+    images = torch.arange(12).reshape(3, 1, 2, 2) % 5
+    quarter = lambda noise, like: (like + 0.25, torch.full((len(like),), 0.3, dtype=like.dtype))
+    for low, high in ((-1.0, 1.0), (0.0, 1.0)):
+        kwargs = {"levels": 5, "low": low, "high": high, "dtype": D, "prior": lambda z: law.log_prob(z, last)}
+        found = s.bits_per_dim(law, images, TorchDiffEq("dopri8", 1e-7, 1e-7), dequantization=quarter, **kwargs)
+        x0, alpha = low + (images + 0.25) * (high - low) / 5, law.sde.alpha(first)
+        nats = law.log_prob(alpha * x0, first) + 4 * (alpha.log() + math.log((high - low) / 5)) - 0.3
+        assert torch.allclose(found.each, -nats / (4 * math.log(2)), atol=1e-6)
+        assert found.stderr == pytest.approx(float(found.each.std()) / 3**0.5)
+
+
+def test_the_range_of_the_data_does_not_matter():
+    """The same model of [-1, 1] and of [0, 1] data: halve x, the noise levels and the prior with it."""
+    images = torch.arange(64).reshape(16, 4) % 8
+    means, std = seeded(range(3)).initial((3, 4), D) / 2, 0.3
+    wide = Mixture(EDM(), means, std)
+    narrow = Mixture(EDM(t_min=0.001, t_max=40.0), (means + 1) / 2, std / 2)
+    # both priors are centred at 0, and the narrow data are not: with the exact p_T there is nothing left of that
+    a, b = (
+        s.bits_per_dim(
+            law, images, Heun(), steps=30, levels=8, low=low, seeds=range(16), dtype=D,
+            prior=lambda z, law=law: law.log_prob(z, torch.tensor(law.sde.t_max, dtype=D)),
+        )
+        for law, low in ((wide, -1.0), (narrow, 0.0))
+    )  # fmt: skip
+    assert torch.allclose(a.each, b.each, atol=1e-9)
+
+
+def test_more_draws_of_u_are_averaged_and_seeds_repeat_them():
+    law = Gaussian(VP(), torch.zeros(2, dtype=D), 0.5)
+    images = torch.arange(8).reshape(4, 2) % 4
+    kwargs = {"steps": 6, "levels": 4, "dtype": D}
+    a, b = (s.bits_per_dim(law, images, samples=3, seeds=range(4), **kwargs) for _ in range(2))
+    assert torch.equal(a.each, b.each)
+    assert a.samples == 3
+    one = s.bits_per_dim(law, images, samples=1, seeds=range(4), **kwargs)
+    assert not torch.equal(a.each, one.each)
+    part = s.bits_per_dim(law, images[1:3], samples=3, seeds=[1, 2], **kwargs)
+    assert torch.allclose(part.each, a.each[1:3], rtol=1e-12)
+    fresh = [s.bits_per_dim(law, images, **kwargs).value for _ in range(2)]
+    assert fresh[0] != fresh[1]
+    probed = s.bits_per_dim(law, images, seeds=range(4), probes=2, **kwargs)
+    assert torch.allclose(probed.each, one.each, rtol=1e-9)  # an isotropic Gaussian has a diagonal Jacobian
+    assert probed.ledger["divergence"] == 4 * probed.nfe
+
+
+def test_bits_bound_the_entropy_from_above():
+    """No model codes a source below its entropy: uniform 8 levels cost at least 3 bits, a wrong model more."""
+    images = torch.arange(8).repeat(64)[:, None]
+    kwargs = {"levels": 8, "steps": 40, "seeds": range(512), "dtype": D}
+    for law in (Gaussian(EDM(), torch.zeros(1, dtype=D), 0.6), Gaussian(EDM(), torch.tensor([0.5], dtype=D), 0.3)):
+        assert s.bits_per_dim(law, images, **kwargs).value > 3.0
+
+
+def test_quantized_is_inverted_by_its_levels():
+    for cells in (Quantized(), Quantized(2), Quantized(17, 0.0, 1.0), Quantized(1000, -3.0, 5.0)):
+        k = torch.arange(cells.levels)
+        for u in (0.01, 0.5, 0.99):  # float32: a cell of 1,000 levels is 10,000 roundings wide
+            x = cells.to_model(k, u)
+            assert torch.equal(cells.to_levels(x).long(), k)
+            assert float(x.min()) >= cells.low
+            assert float(x.max()) <= cells.high
+        assert cells.to_levels(torch.tensor([cells.low - 9.0, cells.high + 9.0])).tolist() == [0, cells.levels - 1]
+        assert cells.log_det == pytest.approx(math.log((cells.high - cells.low) / cells.levels))
+    assert Quantized().to_levels(torch.zeros(1)).dtype == torch.uint8
+    assert Quantized(257).to_levels(torch.zeros(1)).dtype == torch.int32
