@@ -1,5 +1,8 @@
 # Everything runs in .venv, which is made when missing. One thread a process: small networks are many times slower with two.
 export OMP_NUM_THREADS := 1
+# glibc keeps what it frees: else every call of a network maps and faults its activations anew.
+export MALLOC_TRIM_THRESHOLD_ := 1000000000
+export MALLOC_MMAP_THRESHOLD_ := 1000000000
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -11,3 +11,15 @@ autodoc_preserve_defaults = True
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.xref_missing"]
+
+
+def plain_docstrings(app, what, name, obj, options, lines):
+    """Our docstrings are plain text with `code`: keep |x| and * from being read as markup."""
+    for i, line in enumerate(lines):
+        parts = line.split("`")
+        parts[::2] = [part.replace("*", r"\*").replace("|", r"\|").replace("_ ", r"\_ ") for part in parts[::2]]
+        lines[i] = "``".join(parts)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", plain_docstrings)

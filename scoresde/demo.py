@@ -298,9 +298,11 @@ def report(info: dict[str, Any], results: list[dict[str, Any]], bits: list[dict[
 {networks}
 
 {settings["samples"]} samples a row from the same seeds, rounded to 17 levels. FID: Fréchet distance to the test half in the features of
-`{features["name"]}` (sha256 `{features["sha256"]}`, test accuracy {features["test_accuracy"]:.3f}).
-It falls with the number of samples, so the floor stands in the table for as many training images too. NFE: counted evaluations a sample, the final mean included. Seconds: wall
-time of {settings["samples"]} samples in {settings["processes"]} processes of one thread. {left_out}
+`{features["name"]}` (test accuracy {features["test_accuracy"]:.3f}), sha256
+`{features["sha256"]}`.
+It falls with the number of samples, so the floor stands in the table for as many training images too. NFE: counted evaluations a
+sample, the final mean included. Seconds: wall time of {settings["samples"]} samples in {settings["processes"]} processes of one thread.
+{left_out}
 
 {compare.table(results, columns(features))}
 
@@ -348,7 +350,7 @@ def run(folder: Path, settings: Settings, *, overwrite: bool = False, say: Calla
             if x is not None:
                 drawn[f"{row.problem}, {result['solver']}, NFE {result['nfe']:.0f}"] = x[:16]
         bits = likelihoods(workers, makers, test, settings)
-    info = {**record(settings, features, accuracy, models), "seconds": round(time.perf_counter() - started, 1)}
+    info: dict[str, Any] = {**record(settings, features, accuracy, models), "seconds": round(time.perf_counter() - started, 1)}
     per_image = [{k: v for k, v in row.items() if k != "each"} for row in bits]
     compare.write(folder, "results", results, {**info, "likelihood": per_image})
     skipped = len(rows(FULL)) - len(jobs)
