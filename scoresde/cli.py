@@ -37,3 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"scoresde: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -57,6 +57,7 @@ class Settings:
     tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     likelihood_digits: int = 64
     likelihood_noise: int = 16
+    likelihood_steps: int = 48
     processes: int = 2
 
 
@@ -157,9 +158,9 @@ def train(name: str, settings: Settings, folder: Path, bar: int) -> list[float]:
 
 
 # --- likelihood ----------------------------------------------------------------------------------------------------------
-def likelihood(make: Callable[[], Denoiser], images: Tensor, seeds: Sequence[int]) -> tuple[Tensor, int, float]:
+def likelihood(make: Callable[[], Denoiser], images: Tensor, seeds: Sequence[int], steps: int) -> tuple[Tensor, int, float]:
     """(bits/dim of each image, NFE, divergence cost) with uniform dequantization and the exact divergence."""
-    found = bits_per_dim(make(), images, DPMSolverPP(2), levels=CELLS.levels, steps=48, seeds=seeds)
+    found = bits_per_dim(make(), images, DPMSolverPP(2), levels=CELLS.levels, steps=steps, seeds=seeds)
     return found.each, found.nfe, found.ledger["divergence"]
 
 
@@ -183,8 +184,8 @@ def likelihoods(workers: ProcessPoolExecutor, makers: dict[str, Any], test: Tens
     for name, make in makers.items():
         for kind, images in (("held-out digits", test[: settings.likelihood_digits]), ("noise images", noise)):
             parts = compare.shares(range(len(images)), settings.processes)
-            shares = [workers.submit(likelihood, make, images[p.start : p.stop], p) for p in parts]  # type: ignore[attr-defined]
-            jobs.append((name, kind, shares))
+            submit = functools.partial(workers.submit, likelihood, make)
+            jobs.append((name, kind, [submit(images[list(part)], part, settings.likelihood_steps) for part in parts]))
     rows = []
     for name, kind, shares in tqdm(jobs, desc="likelihood", unit="row"):
         each, nfe, divergence = zip(*(share.result() for share in shares), strict=True)
@@ -248,7 +249,7 @@ def work(settings: Settings) -> tuple[float, float, float]:
     adaptive = {1e-1: 20, 1e-2: 30, 1e-3: 50, 1e-4: 80, 1e-5: 130}
     evaluations = sum(row.nfe or adaptive.get(row.solver.rtol, 200) for row in rows(settings))  # type: ignore[attr-defined]
     images = 2 * (settings.likelihood_digits + settings.likelihood_noise)
-    return 2 * settings.steps * share, evaluations * settings.samples * share, images * 48 * 64 * share
+    return 2 * settings.steps * share, evaluations * settings.samples * share, images * settings.likelihood_steps * 64 * share
 
 
 def estimate(settings: Settings) -> float:
@@ -308,7 +309,7 @@ sample, the final mean included. Seconds: wall time of {settings["samples"]} sam
 
 ![FID against NFE](nfe_fid.png)
 
-Likelihood, by the probability flow with the exact divergence (DPM-Solver++(2M), 48 steps uniform in logsnr), uniform dequantization of
+Likelihood, by the probability flow with the exact divergence (DPM-Solver++(2M), {settings["likelihood_steps"]} steps uniform in logsnr), uniform dequantization of
 the 17 grey levels; the divergence column is its cost in network passes a sample:
 
 {compare.table(bits, LIKELIHOOD)}

@@ -44,16 +44,23 @@ def test_the_default_solver_is_named(budget, solver):
     assert torch.equal(found.x, again.x)
 
 
-@pytest.mark.parametrize(("budget", "solver"), [({}, s.TorchDiffEq()), ({"nfe": 8}, s.Heun()), ({"steps": 4}, s.Heun())], ids=repr)
-def test_the_default_solver_of_encode_and_decode(budget, solver):
+@pytest.mark.parametrize(("budget", "n"), [({}, 1), ({"nfe": 8}, 8), ({"steps": 4}, 4)], ids=repr)
+def test_the_default_solver_of_encode_and_decode(budget, n):
     x = MIX.sample(2, torch.tensor(VP.t_min, dtype=D), seeds=range(2))
     up = s.encode(MIX, x, **budget)
     down = s.decode(MIX, up.x, **budget)
-    assert up.solver == down.solver == solver
+    assert up.solver == down.solver == s.log_prob(MIX, x, **budget).solution.solver
+    assert up.solver == (s.DPMSolverPP(2) if budget else s.TorchDiffEq())
     assert torch.equal(up.times, down.times.flip(0))
-    if budget:  # uniform in logsnr, whatever Heun recommends for sampling
-        assert torch.equal(down.times, grid.logsnr(VP, 4))
-        assert up.nfe == down.nfe == 8  # and no final mean
+    assert torch.equal(down.times, grid.logsnr(VP, n))
+    if budget:
+        assert up.nfe == down.nfe == n  # and no final mean
+
+
+@pytest.mark.parametrize("solver", [s.Heun(), s.Euler()], ids=repr)
+def test_encode_is_uniform_in_logsnr_whatever_a_solver_recommends(solver):
+    assert not torch.equal(solver.grid(VP, 4), grid.logsnr(VP, 4))
+    assert torch.equal(s.encode(MIX, torch.zeros(1, 2), solver, steps=4).times, grid.logsnr(VP, 4).flip(0))
 
 
 def test_fields_of_a_solution():
@@ -311,7 +318,7 @@ def test_gradients_and_modes_are_left_as_they_were():
 
 
 # --- modes and dtypes of networks ----------------------------------------------------------------------------------------
-MODELS = {"Mixture": MIX, "VP": s.Preconditioned(network(), VP), "Cosine": s.Preconditioned(network(), s.Cosine())}
+MODELS = {"Mixture": MIX, "MLP": s.Preconditioned(network(), s.Cosine())}  # Cosine derives its f and g by autograd
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
