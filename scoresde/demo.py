@@ -309,8 +309,8 @@ sample, the final mean included. Seconds: wall time of {settings["samples"]} sam
 
 ![FID against NFE](nfe_fid.png)
 
-Likelihood, by the probability flow with the exact divergence (DPM-Solver++(2M), {settings["likelihood_steps"]} steps uniform in logsnr), uniform dequantization of
-the 17 grey levels; the divergence column is its cost in network passes a sample:
+Likelihood, by the probability flow with the exact divergence (DPM-Solver++(2M), {settings["likelihood_steps"]} steps uniform in
+logsnr), uniform dequantization of the 17 grey levels; the divergence column is its cost in network passes a sample:
 
 {compare.table(bits, LIKELIHOOD)}
 
