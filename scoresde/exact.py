@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import check_count, check_finite, check_number, check_state, check_time, shape_of
 from .denoiser import Denoiser
 from .linear import LinearSDE
-from .noise import Noise, entropy_seeds, seeded
+from .noise import DATA, Noise, entropy_seeds, seeded
 
 __all__ = ["Empirical", "Gaussian", "Mixture"]
 
@@ -80,7 +80,7 @@ class _Density(Denoiser):
         noise = seeded(entropy_seeds(n) if seeds is None else seeds)
         like = torch.zeros(n, *self.shape, dtype=torch.float64, device=next(self.buffers()).device)
         x0 = self._draw(noise, like)
-        return x0 if t is None else self.sde.perturb(x0, t, noise.draw(like, 0))
+        return x0 if t is None else self.sde.perturb(x0, t, noise.draw(like, DATA))
 
     def _draw(self, noise: Noise, like: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is abstract")
@@ -169,9 +169,9 @@ class Mixture(_Density):
         return (log_p.softmax(1)[:, :, None] * mean).sum(1), log_p.logsumexp(1)
 
     def _draw(self, noise: Noise, like: Tensor) -> Tensor:
-        u = noise.uniform(like[:, :1].flatten(1)[:, :1], 0).flatten()
+        u = noise.uniform(like[:, :1].flatten(1)[:, :1], DATA).flatten()
         k = torch.searchsorted(self.log_weights.exp().cumsum(0), u).clamp(max=len(self.means) - 1)
-        z = noise.draw(like, 0).flatten(1)
+        z = noise.draw(like, DATA).flatten(1)
         basis, tail, spectrum = self.basis[k], self.tail[k], self.spectrum[k]
         along = torch.einsum("bdr,bd->br", basis, z)
         rest = tail.sqrt() * (z - torch.einsum("bdr,br->bd", basis, along))
@@ -241,6 +241,6 @@ class Empirical(_Density):
         return x0, logits.logsumexp(1) - constant
 
     def _draw(self, noise: Noise, like: Tensor) -> Tensor:
-        u = noise.uniform(like[:, :1].flatten(1)[:, :1], 0).flatten()
+        u = noise.uniform(like[:, :1].flatten(1)[:, :1], DATA).flatten()
         i = (u * len(self.points)).long().clamp(max=len(self.points) - 1)
-        return (self.points[i] + self.centre).reshape(like.shape) + self.std * noise.draw(like, 0)
+        return (self.points[i] + self.centre).reshape(like.shape) + self.std * noise.draw(like, DATA)

@@ -216,7 +216,3 @@ def test_no_assert_no_pickle_no_torch_load(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_has_at_most_400_lines(path):
     assert len(path.read_text().splitlines()) <= 400
-
-
-def test_the_library_has_fewer_than_3500_lines():
-    assert sum(len(path.read_text().splitlines()) for path in FILES) < 3500
