@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -76,7 +77,7 @@ def check_denoiser(value: Any) -> Denoiser:
     if not isinstance(value, Denoiser):
         raise TypeError(
             f"denoiser is {shape_of(value)}; wanted a Denoiser: Wrapped.from_score(fn, sde) and its kin wrap a callable, "
-            "Preconditioned(net, sde) a network"
+            "Preconditioned(net, sde) a network; of an EMA take ema.module"
         )
     return value
 
@@ -96,6 +97,8 @@ class Preconditioned(Denoiser):
             raise TypeError(f"net is {shape_of(net)}; wanted an nn.Module: Wrapped.from_eps and its kin take any callable")
         self.net = net
         self.parameterization = check_callable(parameterization, "parameterization", "a function (sde, t) -> four coefficients")
+        if cond is not None and (not isinstance(cond, Tensor) or cond.ndim == 0):
+            raise TypeError(f"cond is {shape_of(cond)}; wanted a tensor with a row a sample: torch.full((B,), label)")
         self.cond = cond
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -103,14 +106,23 @@ class Preconditioned(Denoiser):
         c_skip, c_out, c_in, c_noise = self.parameterization(self.sde, check_time(t, x).double())
         dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
         c_noise = c_noise.to(x.device, torch.promote_types(dtype, torch.float32)).flatten().expand(len(x))
-        args = (c_noise,) if self.cond is None else (c_noise, self.cond)
+        if self.cond is not None and len(self.cond) != len(x):
+            raise ValueError(
+                f"cond has {len(self.cond)} labels for {len(x)} rows of x; wanted one a row. In a solve, a wrapper of this denoiser "
+                "must pass select(index) on"
+            )
+        args = (c_noise,) if self.cond is None else (c_noise, self.cond.to(x.device))
         out = self.net((cast(c_in, x) * x).to(dtype), *args)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             raise ValueError(f"the network returned {shape_of(out)} for x {list(x.shape)}; wanted the shape of x")
+        if x.requires_grad and torch.is_grad_enabled() and not out.requires_grad:
+            raise ValueError(
+                "the network's output has no gradient to x, so its divergence is unknown; remove no_grad or inference_mode inside it"
+            )
         return cast(c_skip, x) * x + cast(c_out, x) * out.to(x.dtype)
 
     def condition(self, cond: Tensor | None) -> Preconditioned:
-        """The same network given these labels, a row a sample; None for the unconditional one."""
+        """The same network given these labels `[B]`, one a sample; None for the unconditional one."""
         return Preconditioned(self.net, self.sde, self.parameterization, cond)
 
     def select(self, index: Any) -> Preconditioned:
@@ -127,6 +139,7 @@ class Wrapped(Denoiser):
 
     def __init__(self, fn: Callable[[Tensor, Tensor], Tensor], sde: LinearSDE, inverse: Inverse) -> None:
         super().__init__(sde)
+        self.warned = False
         self.fn = check_callable(fn, "fn", "a callable (x, t) -> prediction of the shape of x")
         self.inverse = inverse
 
@@ -137,6 +150,13 @@ class Wrapped(Denoiser):
         out = self.fn(x, t)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             raise ValueError(f"fn returned {shape_of(out)} for x {list(x.shape)}; wanted the shape of x")
+        if x.requires_grad and torch.is_grad_enabled() and not out.requires_grad and not self.warned:
+            self.warned = True
+            warnings.warn(
+                "fn's output has no gradient to x: right for a constant, wrong under no_grad or inference_mode, where a likelihood's "
+                "divergence would miss the network; call the network without them",
+                stacklevel=2,
+            )
         return cast(a, x) * x + cast(b, x) * out.to(x.dtype)
 
     @classmethod

@@ -124,7 +124,8 @@ class Mixture(_Density):
             spectrum, basis = torch.linalg.eigh((covariance + covariance.mT) / 2)
             if bool((spectrum < -1e-10 * spectrum.abs().amax(1, keepdim=True)).any()):
                 raise ValueError(f"covariance has the eigenvalue {spectrum.min():.3g}; wanted positive semi-definite matrices")
-            self._fill(means, torch.zeros(k, 1), spectrum.clamp(min=0), basis, weights)
+            floor = d * torch.finfo(torch.float64).eps * spectrum.amax(1, keepdim=True)  # below is rounding of zero
+            self._fill(means, torch.zeros(k, 1), torch.where(spectrum > floor, spectrum, 0.0), basis, weights)
         else:
             std = (
                 torch.tensor(check_number(std, "std", 0.0), dtype=torch.float64)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,11 +147,11 @@ def log_prob(
                 f"times end at {times[-1]:.6g}, below t_max = {sde.t_max:g}, where the SDE states no prior: pass prior="
             )
         prior = sde.prior_log_prob if prior is None else check_callable(prior, "prior", "a callable z -> log-densities [B]")
-        noise, _ = noise_of(len(x), seeds, generator) if k else (None, None)
+        noise, kept = noise_of(len(x), seeds, generator) if k else (None, None)
         shape, d = x.shape[1:], x.shape[1:].numel()
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), max(1, k))], 1)
         solution = solve(
-            denoiser, start, solver, times, noise, microbatch, throw=throw,
+            denoiser, start, solver, times, noise, microbatch, throw=throw, seeds=kept,
             wrap=lambda part, source: Augmented(part, shape, k, chunk, source, fresh=not solver.adaptive),
         )  # fmt: skip
         a, b = sde.alpha(times[0]), sde.alpha(times[-1])
@@ -159,7 +161,7 @@ def log_prob(
         if not isinstance(density, Tensor) or density.shape != (len(x),):
             raise ValueError(f"prior returned {shape_of(density)} for {len(x)} samples; wanted their log-densities [{len(x)}]")
         value = density + gains.mean(1) + d * (b / a).log()
-    stderr = gains.detach().std(1) / k**0.5 if k > 1 and len(x) else value.detach() * (0 if k == 0 else float("nan"))
+    stderr = gains.detach().std(1) / k**0.5 if k > 1 and len(x) else torch.full_like(value.detach(), math.nan if k else 0.0)
     return LogProb(value, stderr, latent, solution)
 
 
@@ -203,7 +205,7 @@ def uniform(noise: Noise, like: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """value: mean over images of an upper bound on -log2 P(image) / D; stderr over images; each `[N]`; nfe and ledger of the solves."""
+    """value: mean over images of a bound on -log2 P(image) / D; stderr over images; each `[N]`; nfe, ledger: an image's, all draws."""
 
     value: float
     stderr: float
@@ -226,7 +228,7 @@ def bits_per_dim(
 
     -log2 P(k) / D <= -E[log p(x0(k + u)) + D log|d x0 / d k| - log q(u)] / (D log 2), with log p(x0) = log p_{t_min}(alpha x0) +
     D log alpha at t_min and u ~ q (`dequantization`: (noise, like) -> (u, log q)), averaged over `samples` draws of u. The rest as
-    in `log_prob`.
+    in `log_prob`. The solver's error is not in stderr: double the steps until the value stands still. Warns of negative values.
     """
     cells, sde = Quantized(levels, low, high), check_denoiser(denoiser).sde
     cells.to_model(images)  # refuses what is not images before anything is drawn
@@ -235,17 +237,31 @@ def bits_per_dim(
     noise, _ = noise_of(len(images), seeds, generator)
     like = check_state(torch.zeros(images.shape, dtype=dtype, device=images.device), "images (in dtype=)")
     alpha, d = float(sde.alpha(torch.tensor(sde.t_min, dtype=torch.float64))), like[0].numel() if len(like) else 1
-    draws = []
-    for _ in range(samples):
+    draws, ledger, nfe_all = [], Counter[str](), 0
+    for draw in range(samples):
         u, log_q = dequantization(noise, like)
+        if not isinstance(u, Tensor) or u.shape != like.shape or bool(((u < 0) | (u > 1)).any()):
+            raise ValueError(f"dequantization returned u {shape_of(u)}; wanted numbers in [0, 1] of the shape of images")
+        if not isinstance(log_q, Tensor) or log_q.shape != (len(images),):
+            raise ValueError(f"dequantization returned log q {shape_of(log_q)}; wanted log-densities [{len(images)}]")
         x0 = cells.to_model(images, u)
+        # every draw has probes of its own: the seeds move by the golden ratio's odd 64-bit multiple, and not at all for the first
+        own = None if seeds is None else [(int(seed) + draw * 0x9E3779B97F4A7C15) % 2**64 for seed in seeds]
         found = log_prob(
             denoiser, alpha * x0, solver, nfe=nfe, steps=steps, times=times, grid=grid, prior=prior, probes=probes, chunk=chunk,
-            seeds=seeds, generator=generator, microbatch=microbatch,
+            seeds=own, generator=generator, microbatch=microbatch,
         )  # fmt: skip
+        ledger.update(found.ledger)
+        nfe_all += found.nfe
         log_p = found.value.detach() + d * (math.log(alpha) + cells.log_det) - log_q
         draws.append(-log_p.double() / (d * math.log(2)))
     each = torch.stack(draws).mean(0)
+    if bool((each < 0).any()):
+        warnings.warn(
+            f"{int((each < 0).sum())} of {len(each)} images have negative bits/dim, which no discrete image can: the solve is too coarse "
+            "(double its steps until the value stands still), or the data are not the cells of [low, high]",
+            stacklevel=2,
+        )
     stderr = float(each.std() / len(each) ** 0.5) if len(each) > 1 else float("nan")
     name = getattr(dequantization, "__name__", repr(dequantization))
-    return BitsPerDim(float(each.mean()), stderr, each, found.nfe, found.ledger, name, samples)
+    return BitsPerDim(float(each.mean()), stderr, each, nfe_all, dict(ledger), name, samples)

@@ -37,12 +37,20 @@ def derivative(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 
 def check_regular(sde: LinearSDE) -> LinearSDE:
-    """Return `sde` when alpha and sigma are positive at both ends and the noise grows; raise a ValueError otherwise."""
+    """Return `sde` when logsnr is finite and falls all the way (257 times, and the ends); raise a ValueError otherwise."""
     ends = sde.logsnr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).tolist()
     if not math.inf > ends[0] > ends[1] > -math.inf:
         raise ValueError(
             f"{sde!r} has logsnr {ends[0]:.6g} at t_min and {ends[1]:.6g} at t_max; wanted finite numbers that fall: choose t_min and "
             "t_max where alpha and sigma are positive and sigma / alpha grows"
+        )
+    t = torch.linspace(sde.t_min, sde.t_max, 257, dtype=torch.float64)
+    falls = sde.logsnr(t).diff() < 0  # False for NaN too
+    if not bool(falls.all()):
+        i = int((~falls).int().argmax())
+        raise ValueError(
+            f"the logsnr of {sde!r} is not finite or does not fall between t = {t[i]:.6g} and {t[i + 1]:.6g}; wanted alpha, sigma > 0 "
+            "with sigma / alpha growing on all of [t_min, t_max]"
         )
     return sde
 
@@ -138,9 +146,11 @@ class LinearSDE(SDE):
         return -x.flatten(1).square().sum(1) / (2 * std**2) - d / 2 * math.log(2 * math.pi * std**2)
 
     @staticmethod
-    def from_coefficients(f: Any, g: Any, t_min: float = 1e-3, t_max: float = 1.0, sigma_0: float = 0.0) -> Tabulated:
+    def from_coefficients(
+        f: Any, g: Any, t_min: float = 1e-3, t_max: float = 1.0, sigma_0: float = 0.0, breaks: tuple[float, ...] = ()
+    ) -> Tabulated:
         """The SDE of callables f(t), g(t): alpha and sigma by quadrature; see `Tabulated`."""
-        return Tabulated(f, g, t_min, t_max, sigma_0)
+        return Tabulated(f, g, t_min, t_max, sigma_0, tuple(breaks))
 
     def __str__(self) -> str:
         ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64)
@@ -148,7 +158,7 @@ class LinearSDE(SDE):
         return f"{self!r}: alpha(t_max) = {a[1]:.4g}, SNR(t_min) = {snr[0]:.4g}, SNR(t_max) = {snr[1]:.4g}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiscreteVP(LinearSDE):
     """The continuous VP path through a DDPM chain: logsnr is the monotone cubic (Fritsch & Carlson 1980) through its.
 
@@ -175,6 +185,9 @@ class DiscreteVP(LinearSDE):
         object.__setattr__(self, "_cubic", np.concatenate([cubic.c, last], axis=1))
         object.__setattr__(self, "t_min", 1 / len(self.betas))
         super().__post_init__()
+
+    def __repr__(self) -> str:
+        return f"DiscreteVP(N={len(self.betas)}, betas={self.betas[0]:.4g} ... {self.betas[-1]:.4g})"
 
     def nodes(self) -> Tensor:
         """The chain as a grid: times N/N, ..., 2/N, 1/N, float64 `[N]`."""
@@ -203,7 +216,8 @@ class Tabulated(LinearSDE):
     """An SDE given by f(t) and g(t): log alpha = int_0^t f, sigma^2 = alpha^2 (sigma_0^2 + int_0^t g^2 / alpha^2).
 
     f, g: callables from a float64 tensor of times to its shape, regular on [0, t_max]. The integrals are those of Chebyshev
-    interpolants of degree 15 on panels graded towards both ends: exact to rounding for smooth coefficients.
+    interpolants of degree 15 on panels graded towards both ends: exact to rounding for smooth coefficients. A jump or a kink is named
+    in `breaks`; one that is not raises ValueError.
     """
 
     f: Callable[[Tensor], Any]
@@ -211,6 +225,7 @@ class Tabulated(LinearSDE):
     t_min: float = 1e-3
     t_max: float = 1.0
     sigma_0: float = 0.0
+    breaks: tuple[float, ...] = ()
     _edges: np.ndarray = field(init=False, repr=False, compare=False)
     _table: np.ndarray = field(init=False, repr=False, compare=False)
 
@@ -218,11 +233,14 @@ class Tabulated(LinearSDE):
         super().__post_init__()
         check_number(self.sigma_0, "sigma_0", 0.0)
         ends = np.geomspace(self.t_min / 4, self.t_max, 64)
-        edges = np.unique(np.concatenate([[0.0, self.t_max], ends[:-1], self.t_max - ends[:-1]]).round(15))
+        inner = [check_number(b, "a break", 0.0, self.t_max) for b in self.breaks]
+        edges = np.unique(np.concatenate([[0.0, self.t_max], inner, ends[:-1], self.t_max - ends[:-1]]).round(15))
         u = chebyshev.chebpts1(16)
         half = np.diff(edges)[:, None] / 2
         t = torch.as_tensor(edges[:-1, None] + half * (u + 1))
         f, g = (self._values(fn, name, t) for fn, name in ((self.f, "f"), (self.g, "g")))
+        self._check_smooth(f, "f", t)
+        self._check_smooth(g**2, "g", t)  # the square: g may start like sqrt(t)
         log_alpha = self._integrals(f, half, 0.0)
         integrand = g**2 * np.exp(-2 * np.stack([chebyshev.chebval(u, c) for c in log_alpha]))
         object.__setattr__(self, "_edges", edges)
@@ -241,6 +259,17 @@ class Tabulated(LinearSDE):
         if not torch.isfinite(y).all():
             raise ValueError(f"{name}(t) is not finite somewhere in (0, {float(t.max()):g}]; wanted a regular coefficient")
         return y.expand(t.shape).detach().numpy()
+
+    @staticmethod
+    def _check_smooth(values: np.ndarray, name: str, t: Tensor) -> None:
+        """Raise where the Chebyshev series of a panel has not converged: the integral would be wrong in silence."""
+        tails = np.abs(chebyshev.chebfit(chebyshev.chebpts1(16), values.T, 15))[-2:].max(0)
+        rough = tails > 1e-7 * max(float(np.abs(values).max()), 1e-300)
+        if rough.any():
+            i = int(rough.argmax())
+            raise ValueError(
+                f"{name}(t) is not smooth between t = {t[i].min():.6g} and {t[i].max():.6g}; name its jumps and kinks, as in breaks=(0.5,)"
+            )
 
     @staticmethod
     def _integrals(values: np.ndarray, half: np.ndarray, start: float) -> np.ndarray:

@@ -55,7 +55,10 @@ def edm(sde: LinearSDE, t: Tensor, sigma_data: float = 0.5) -> Tensor:
 
 
 def likelihood(sde: LinearSDE, t: Tensor) -> Tensor:
-    """g^2 alpha^2 / sigma^4: g^2 |score error|^2. With uniform t, D/2 times the loss bounds -log p. Song et al. 2021 (NeurIPS), thm 1."""
+    """g^2 alpha^2 / sigma^4: g^2 |score error|^2 of the x0 error.
+
+    With uniform t, (t_max - t_min) D / 2 times the loss bounds -log p up to a constant. Song et al. 2021 (NeurIPS), theorem 1.
+    """
     return (sde.diffusion(t) * sde.alpha(t) / sde.sigma(t) ** 2) ** 2
 
 

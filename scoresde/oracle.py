@@ -124,6 +124,12 @@ class Oracle:
         x = args[0] if args else kwargs["x"]
         self._counts["network"] += len(x) / max(1, len(self.nfe))
 
+    def begin(self, x: Tensor) -> None:
+        """Start to watch a trajectory from x `[B, *shape]`."""
+        if len(x) != len(self.nfe) and self._rows is None:
+            raise ValueError(f"x has {len(x)} rows, the oracle was made for {len(self.nfe)}: Oracle(denoiser, {len(x)}, noise)")
+        self._marks.clear()
+
     # --- watching ---------------------------------------------------------------------------------------------------------
     def watch(self, x: Tensor) -> None:
         """Note the state after a step: one sum a sample, left on its device, so that a fixed grid costs no synchronisation."""

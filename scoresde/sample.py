@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import STATE_DTYPES, check_callable, check_count, check_finite, check_rows, check_state, shape_of
-from .denoiser import Denoiser, check_denoiser
+from .denoiser import Denoiser, Preconditioned, check_denoiser
 from .grid import Grid, check_times, logsnr
 from .linear import LinearSDE
 from .noise import Noise, entropy_seeds, gaussian, seeded
@@ -33,10 +33,18 @@ def trajectory(oracle: Oracle, solver: Solver, x: Tensor, times: Tensor) -> Iter
     if check_solver(solver).stochastic and times[1] > times[0]:
         raise ValueError(f"{solver!r} is stochastic and runs down in time; a deterministic solver can run up")
     check_state(x)
+    oracle.begin(x)
     state = solver.start(oracle.sde, times)
     yield times[0], x
     for t, s in pairwise(times):
-        x, state = solver.step(oracle, x, t, s, state)
+        found = solver.step(oracle, x, t, s, state)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise TypeError(f"{solver!r}.step returned {shape_of(found)}; wanted (x_s, state): return x_s, None")
+        if not isinstance(found[0], Tensor) or found[0].shape != x.shape or found[0].dtype != x.dtype:
+            raise ValueError(
+                f"{solver!r}.step returned x_s {shape_of(found[0])} for x {shape_of(x)}; wanted the same shape and dtype"
+            )
+        x, state = found
         oracle.watch(x)
         yield s, x
     if oracle.throw:
@@ -49,7 +57,8 @@ class Solution:
 
     x `[B, *shape]`; nfe: denoiser evaluations a sample (the largest over samples), `nfe_each` `[B]` all of them; ledger: the cost of
     a sample by kind (see Oracle); status `[B]`: 0, or the first step that left the sample non-finite; times: the grid; solver: what
-    ran; seeds: what to pass to get the same x again (None with a generator or a given x).
+    ran; seeds: what to pass to get the same x again (None with a generator, or where
+    nothing is drawn).
     """
 
     x: Tensor
@@ -107,7 +116,11 @@ def plan(
         raise ValueError(f"got {' and '.join(names) or 'none'} of nfe, steps, times; wanted exactly one")
     if nfe is not None:
         steps = steps_within(solver, check_count(nfe, "nfe"), extra)
-    return check_times((grid or solver.grid)(sde, check_count(steps, "steps")), sde)
+    steps = check_count(steps, "steps")
+    found = check_times((grid or solver.grid)(sde, steps), sde)
+    if len(found) != steps + 1:
+        raise ValueError(f"the grid returned {len(found)} times for {steps} steps; wanted n + 1 = {steps + 1}")
+    return found
 
 
 def chunks(rows: int, microbatch: int | None) -> Iterator[tuple[Tensor, int]]:
@@ -143,6 +156,11 @@ def solve(
     wrap: Callable[[Denoiser, Noise | None], Denoiser] = lambda d, _: d,
 ) -> Solution:  # fmt: skip
     """Run the loop over x `[B, *shape]` in pieces of `microbatch` rows and put the pieces together; `finish` maps the last state."""
+    for m in denoiser.modules():
+        if isinstance(m, Preconditioned) and m.cond is not None and len(m.cond) != len(x):
+            raise ValueError(
+                f"the denoiser holds {len(m.cond)} labels for {len(x)} samples; wanted one a sample: condition(labels [B])"
+            )
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     ledger: dict[str, float] = {}
     for index, kept in chunks(len(x), microbatch):

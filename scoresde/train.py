@@ -22,7 +22,8 @@ __all__ = ["EMA", "Step", "fit"]
 class EMA:
     """Exponential moving average of a module's parameters and buffers, through torch's AveragedModel; `.module` is the average.
 
-    The decay warms up, min(decay, (1 + n) / (10 + n)) at update n, so that early averages forget the initialisation.
+    The decay warms up, min(decay, (1 + n) / (10 + n)) at update n = 1, 2, ..., so that early averages
+    forget the initialisation; the first update copies.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:

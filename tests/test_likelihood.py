@@ -345,3 +345,34 @@ def test_quantized_is_inverted_by_its_levels():
         assert cells.log_det == pytest.approx(math.log((cells.high - cells.low) / cells.levels))
     assert Quantized().to_levels(torch.zeros(1)).dtype == torch.uint8
     assert Quantized(257).to_levels(torch.zeros(1)).dtype == torch.int32
+
+
+@pytest.mark.parametrize("name", ["VP", "Rectified"])
+def test_gradients_through_the_adaptive_solver_are_the_score(name):
+    """d log p / dx = score, also where torchdiffeq chooses the steps: their sizes carry no gradient."""
+    law, x, _ = problem(name, 3)
+    first, last = ends(law.sde)
+    x = x.requires_grad_()
+    found = s.log_prob(law, x, TorchDiffEq(rtol=1e-7, atol=1e-7), prior=lambda z: law.log_prob(z, last))
+    gradient = torch.autograd.grad(found.value.sum(), x)[0]
+    score = law.score(x.detach(), first)
+    assert (gradient - score).abs().max() < 1e-4 * score.abs().max()
+
+
+def test_a_callable_without_gradient_is_told_of():
+    model = s.Wrapped.from_eps(torch.no_grad()(lambda x, t: 0.9 * x), VP())
+    with pytest.warns(UserWarning, match="no gradient"):
+        s.log_prob(model, torch.ones(2, 2, dtype=D), steps=4)
+
+
+def test_every_draw_of_u_has_probes_of_its_own():
+    law = Gaussian(VP(), torch.zeros(2, dtype=D), 0.5)
+    images = torch.randint(0, 4, (4, 2), generator=torch.Generator().manual_seed(0))
+    fixed = lambda noise, like: (torch.full_like(like, 0.5), like.new_zeros(len(like)))
+    correlated = Mixture(VP(), torch.zeros(1, 2, dtype=D), covariance=torch.tensor([[[0.5, 0.4], [0.4, 0.5]]], dtype=D))
+    kwargs = {"levels": 4, "dequantization": fixed, "steps": 10, "probes": 1, "seeds": range(4), "dtype": D}
+    one, two = (s.bits_per_dim(correlated, images, samples=n, **kwargs) for n in (1, 2))
+    assert not torch.equal(one.each, two.each)
+    assert two.nfe == 2 * one.nfe
+    with pytest.raises(ValueError, match="log q"):
+        s.bits_per_dim(law, images, levels=4, dequantization=lambda noise, like: (like, like[:, :1]), steps=2)

@@ -287,8 +287,14 @@ def test_float32_draws_are_the_float64_ones_rounded(make):
     assert torch.equal(single, double.float())
 
 
-@pytest.mark.parametrize("source", [gaussian(generator()), seeded(range(4)), brownian(range(4), 0.1, 1)], ids=str)
-@pytest.mark.parametrize("x", [torch.zeros(4, 3), torch.zeros(4, 3, 2, 2, **F64).to(memory_format=torch.channels_last)], ids=str)
+@pytest.mark.parametrize(
+    "source", [gaussian(generator()), seeded(range(4)), brownian(range(4), 0.1, 1)], ids=["gaussian", "seeded", "brownian"]
+)
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(4, 3), torch.zeros(4, 3, 2, 2, **F64).to(memory_format=torch.channels_last)],
+    ids=["vectors", "channels last"],
+)
 def test_draws_are_like_x(source, x):
     out = everything(source, x.clone().requires_grad_())
     assert out.dtype == x.dtype

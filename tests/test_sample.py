@@ -360,3 +360,36 @@ def test_networks_may_run_in_half_precision(net, dtype):
     value = s.log_prob(half, a, steps=2, probes=1, seeds=range(3)).value
     assert value.dtype == torch.float32
     assert value.isfinite().all()
+
+
+def test_a_solver_that_forgets_its_state_or_changes_x_is_told():
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Bad(s.Solver):
+        kind: str = "state"
+        order = 1
+
+        def step(self, oracle, x, t, to, state):
+            return {"state": x, "rows": (x[:1], None), "dtype": (x.double(), None)}[self.kind]
+
+    law = s.Gaussian(s.VP(), torch.zeros(2), 0.5)
+    with pytest.raises(TypeError, match="return x_s, None"):
+        s.sample(law, (2, 2), Bad(), steps=2)
+    for kind in ("rows", "dtype"):
+        with pytest.raises(ValueError, match="same shape and dtype"):
+            s.sample(law, (2, 2), Bad(kind), steps=2)
+
+
+def test_labels_and_rows_must_agree():
+    model = s.Preconditioned(s.MLP(2, width=8, depth=1, classes=3), s.VP())
+    with pytest.raises(ValueError, match="7 labels for 4 samples"):
+        s.sample(model.condition(torch.zeros(7, dtype=torch.long)), (4, 2), nfe=3)
+    with pytest.raises(TypeError, match="a row a sample"):
+        model.condition(1)
+
+
+def test_a_grid_of_the_wrong_length_is_refused():
+    law = s.Gaussian(s.VP(), torch.zeros(2), 0.5)
+    with pytest.raises(ValueError, match="19 times for 9 steps"):
+        s.sample(law, (2, 2), s.DDIM(), nfe=10, grid=lambda sde, n: s.grid.uniform(sde, 2 * n))

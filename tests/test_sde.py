@@ -202,3 +202,39 @@ def test_dataclasses_are_frozen_and_compare():
     with pytest.raises(AttributeError):
         VP().beta_min = 1.0
     assert np.isclose(VP().prior_std(), math.sqrt(1 - math.exp(-10.05)), rtol=1e-14)
+
+
+def test_a_jump_is_refused_unless_named():
+    """f and g with a jump at t = 0.37: alpha = exp(-t), then exp(-0.37 - 5 (t - 0.37)); sigma by its own integral."""
+    f, g = (lambda t: torch.where(t < 0.37, -1.0, -5.0)), (lambda t: torch.where(t < 0.37, 0.5, 3.0))
+    with pytest.raises(ValueError, match="breaks"):
+        LinearSDE.from_coefficients(f, g)
+    sde = LinearSDE.from_coefficients(f, g, breaks=(0.37,))
+    t = times(sde)
+    log_alpha = torch.where(t < 0.37, -t, -0.37 - 5 * (t - 0.37))
+    before = 0.25 / 2 * torch.expm1(2 * t.clamp(max=0.37))
+    after = 9 / 10 * math.exp(2 * 0.37) * torch.expm1(10 * (t - 0.37).clamp(min=0))
+    assert torch.allclose(sde.alpha(t), log_alpha.exp(), rtol=1e-12)
+    assert torch.allclose(sde.sigma(t), (log_alpha.exp() ** 2 * (before + after)).sqrt(), rtol=1e-12)
+
+
+def test_an_sde_that_is_irregular_inside_is_refused():
+    from dataclasses import dataclass
+
+    from scoresde import Gaussian
+
+    @dataclass(frozen=True)
+    class Wavy(LinearSDE):
+        t_min: float = 1e-3
+        t_max: float = 1.0
+
+        def alpha(self, t):
+            return 1 - 0.5 * t
+
+        def sigma(self, t):
+            return 0.1 + t + 0.4 * torch.sin(12 * t)
+
+    with pytest.raises(ValueError, match="does not fall between"):
+        Gaussian(Wavy(), torch.zeros(2), 0.5)
+    with pytest.raises(ValueError, match=r"not finite|fall"):
+        LinearSDE.from_coefficients(lambda t: -2.0, lambda t: 1.0, t_max=800.0)

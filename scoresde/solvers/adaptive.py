@@ -61,8 +61,11 @@ class _Field:
         return where.flatten(1).any(1).reshape(-1, *[1] * (where.ndim - 1))
 
     def norm(self, ratio: Tensor) -> Tensor:
-        """Largest over the samples not lost: the tolerance holds for each, whoever its mates are."""
-        return self.oracle.denoiser.error_norm(ratio.masked_fill(self.lost, 0.0)).max()
+        """Largest over the samples not lost: the tolerance holds for each, whoever its mates are.
+
+        Detached: a gradient is that of the steps taken, not of the rule that chose them.
+        """
+        return self.oracle.denoiser.error_norm(ratio.detach().masked_fill(self.lost, 0.0)).max()
 
     def callback_accept_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
         self.settled = self.calls
@@ -76,10 +79,10 @@ class _Field:
 class TorchDiffEq(Solver):
     """An adaptive method of torchdiffeq on dx/dt, time from t to s: dopri5, dopri8, bosh3, fehlberg2 or adaptive_heun.
 
-    rtol, atol bound the local error of each sample (root mean square over its entries; a
-    likelihood's l-channels apart). The step is one for the whole batch (the
-    worst sample's), so a sample's last digits depend on its batch mates; `microbatch=1` makes them independent. max_nfe bounds the
-    work: RuntimeError. NonFiniteError names the samples and t. Chen et al. 2018 (NeurIPS); Dormand & Prince 1980 for dopri5.
+    rtol, atol bound the local error of each sample (root mean square over its entries; a likelihood's l-channels apart). The step is
+    one for the whole batch (the worst sample's), so a sample's last digits depend on its batch mates; `microbatch=1` makes them
+    independent. max_nfe bounds the work of one interval: RuntimeError. NonFiniteError names the samples and t. Chen et al. 2018
+    (NeurIPS); Dormand & Prince 1980 for dopri5.
     """
 
     method: str = "dopri5"

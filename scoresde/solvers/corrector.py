@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_callable, check_count, check_number
+from ..checks import check_callable, check_count, check_number, shape_of
 from ..linear import cast
 from ..noise import CORRECTOR
 from ..oracle import Oracle
@@ -47,14 +47,18 @@ class Langevin(StochasticSolver):
 
 @dataclass(frozen=True)
 class MALA(Langevin):
-    """Langevin with a Metropolis test, so that p_s is left exactly alone. Two evaluations a move. Roberts & Tweedie 1996.
+    """Langevin with a Metropolis test, which leaves p_s alone. Two evaluations a move. Roberts & Tweedie 1996.
 
     log_prob: (x, s) -> `[B]`, the density of the test; None integrates the score along the move by the trapezoid rule, exact when
     p_s is Gaussian and accurate to h^(3/2) otherwise (Du et al. 2023, ICML, section 4.2).
     """
 
     log_prob: Callable[[Tensor, Tensor], Tensor] | None = None
-    weak_order = math.inf
+
+    @property
+    def weak_order(self) -> float:
+        """Unbounded with a density; 0 without: the trapezoid rule's error does not vanish with more steps."""
+        return 0.0 if self.log_prob is None else math.inf
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +79,8 @@ class MALA(Langevin):
             gain = ((y - x) * (score + back) / 2).flatten(1).sum(1)
         else:
             gain = self.log_prob(y, s) - self.log_prob(x, s)
+            if not isinstance(gain, Tensor) or gain.shape != (len(x),):
+                raise ValueError(f"log_prob(x, s) gave {shape_of(gain)} for {len(x)} samples; wanted log-densities [{len(x)}]")
         reverse = (x - y - h * back) / (2 * h).sqrt()  # the z that would lead back
         gain = gain + ((z**2 - reverse**2) / 2).flatten(1).sum(1)
         u = oracle.noise.uniform(x.flatten(1)[:, :1], CORRECTOR).flatten()
@@ -109,6 +115,11 @@ class PredictorCorrector(StochasticSolver):
     def adaptive(self) -> bool:
         """The predictor's."""
         return self.predictor.adaptive
+
+    @property
+    def batchwise(self) -> bool:
+        """The predictor's."""
+        return self.predictor.batchwise
 
     @property
     def invariant(self) -> bool:
