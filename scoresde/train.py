@@ -66,8 +66,9 @@ def fit(
 
     batches: tensors x0 `[B, *shape]`, or pairs (x0, cond) for a Preconditioned denoiser; weight, times: see `scoresde.loss` (default
     edm, and a stratified log-normal); optimizer: default AdamW(lr=1e-3) on the parameters; ema: updated after every step; clip: the
-    largest gradient norm (inf: none); generator: of t and noise, on the CPU (default: fresh entropy). Raises NonFiniteError before
-    a step that would put NaN into the parameters, ValueError for NaN in data.
+    largest gradient norm (inf: none); generator: of t and noise, on the CPU (default: fresh entropy). It is a generator: nothing
+    happens until it is looped over, and the denoiser is left in train mode (the average of an EMA is in eval mode). Raises
+    NonFiniteError before a step that would put NaN into the parameters, ValueError for NaN in data.
     """
     check_denoiser(denoiser)
     times = (
