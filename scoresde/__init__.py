@@ -4,7 +4,7 @@ The names here are the whole everyday vocabulary; the modules hold the functions
 `loss` (weights, time distributions), `parameterizations` (what a network predicts), `noise`, `metrics`, `checkpoint`.
 """
 
-from . import checkpoint, grid, loss, metrics, nets, noise, parameterizations
+from . import checkpoint, grid, loss, metrics, nets, noise, parameterizations, solvers, variables
 from .checks import NonFiniteError
 from .denoiser import Denoiser, Preconditioned, Wrapped, flow, reverse_drift
 from .exact import Empirical, Gaussian, Mixture
@@ -17,8 +17,14 @@ from .sample import Solution, decode, encode, sample, trajectory
 from .sde import EDM, SDE, VE, VP, Cosine, DiscreteVP, LinearSDE, Rectified, SubVP, Tabulated
 from .solvers import (
     DDIM,
+    DEIS,
+    IPNDM,
     MALA,
+    RK4,
+    AdamsBashforth,
+    AdamsMoulton,
     Ancestral,
+    DPMSolver,
     DPMSolverPP,
     Euler,
     EulerMaruyama,
@@ -28,16 +34,17 @@ from .solvers import (
     Solver,
     StochasticSolver,
     TorchDiffEq,
+    UniPC,
 )
 from .train import EMA, Step, fit
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "DDIM", "EDM", "EMA", "MALA", "MLP", "SDE", "VE", "VP", "Ancestral", "BitsPerDim", "Cosine", "DPMSolverPP", "Denoiser",
-    "DiscreteVP", "Empirical", "Euler", "EulerMaruyama", "Gaussian", "Heun", "Langevin", "LinearSDE", "LogProb", "Mixture",
-    "NonFiniteError", "Oracle", "Preconditioned", "Prediction", "PredictorCorrector", "Quantized", "Rectified", "Solution", "Solver",
-    "Step", "StochasticSolver", "SubVP", "Tabulated", "TorchDiffEq", "UNet", "Wrapped", "bits_per_dim", "checkpoint", "decode",
-    "dsm_loss", "encode", "fit", "flow", "grid", "log_prob", "loss", "metrics", "nets", "noise", "parameterizations",
-    "reverse_drift", "sample", "trajectory",
+    "DDIM", "DEIS", "EDM", "EMA", "IPNDM", "MALA", "MLP", "RK4", "SDE", "VE", "VP", "AdamsBashforth", "AdamsMoulton", "Ancestral",
+    "BitsPerDim", "Cosine", "DPMSolver", "DPMSolverPP", "Denoiser", "DiscreteVP", "Empirical", "Euler", "EulerMaruyama", "Gaussian",
+    "Heun", "Langevin", "LinearSDE", "LogProb", "Mixture", "NonFiniteError", "Oracle", "Preconditioned", "Prediction",
+    "PredictorCorrector", "Quantized", "Rectified", "Solution", "Solver", "Step", "StochasticSolver", "SubVP", "Tabulated",
+    "TorchDiffEq", "UNet", "UniPC", "Wrapped", "bits_per_dim", "checkpoint", "decode", "dsm_loss", "encode", "fit", "flow", "grid",
+    "log_prob", "loss", "metrics", "nets", "noise", "parameterizations", "reverse_drift", "sample", "solvers", "trajectory", "variables",
 ]  # fmt: skip

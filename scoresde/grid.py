@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import check_count, check_number, shape_of
 from .linear import SDE, LinearSDE
 
-__all__ = ["interval", "karras", "logsnr", "quadratic", "uniform"]
+__all__ = ["cosine", "interval", "karras", "logsnr", "quadratic", "rectified", "score_sde", "uniform"]
 
 Grid = Callable[[LinearSDE, int], Tensor]
 
@@ -78,6 +78,28 @@ def karras(sde: LinearSDE, n: int, rho: float = 7.0) -> Tensor:
     check_number(rho, "rho", 0.0, open_low=True)
     a, b = (-_ends(sde) / 2 / rho).exp()
     return _snap(sde.time(-2 * rho * (a + _fractions(n) * (b - a)).log()), sde)
+
+
+def rectified(sde: LinearSDE, n: int) -> Tensor:
+    """Uniform in tau = sigma / (alpha + sigma), the time of rectified flow. Liu et al. 2023 (ICLR)."""
+    a, b = (-_ends(sde) / 2).sigmoid()
+    tau = a + _fractions(n) * (b - a)
+    return _snap(sde.time(-2 * tau.logit()), sde)
+
+
+def cosine(sde: LinearSDE, n: int) -> Tensor:
+    """Uniform in the angle atan(sigma / alpha): the cosine schedule's t. Nichol & Dhariwal 2021 (ICML), without the offset."""
+    a, b = (-_ends(sde) / 2).exp().atan()
+    return _snap(sde.time(-2 * (a + _fractions(n) * (b - a)).tan().log()), sde)
+
+
+def score_sde(sde: LinearSDE, n: int) -> Tensor:
+    """The times of score_sde_pytorch: n + 1 of them uniform in t, float32 as it draws them. For comparison with it: use `uniform`.
+
+    Its N is the number of points, n + 1 here, while its step is 1 / N; ours are the differences of the grid.
+    """
+    points = torch.linspace(sde.t_max, sde.t_min, check_count(n, "n") + 1, dtype=torch.float32)
+    return _snap(points.double(), sde)
 
 
 def interval(sde: LinearSDE, n: int = 1) -> Tensor:

@@ -1,80 +1,282 @@
-"""Exponential integrators: the linear part of the flow is exact, x0 or eps is extrapolated."""
+"""The one core of the deterministic linear solvers, x_s = (m_s / m_t) x + m_s sum_j c_j q_j: weights once a grid, host floats in the loop.
+
+Whatever the variable q = p x + r x0, the past, the stages and the corrector, a step is a linear map of tensors at hand: the state, the
+past q and the x0 evaluated inside the step. `start` multiplies everything out in float64; `step` adds scaled tensors, a pass each.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from ..checks import check_number
-from ..grid import logsnr
-from ..linear import cast
+from ..checks import check_count
+from ..grid import Grid, logsnr
+from ..linear import LinearSDE
 from ..oracle import Oracle
+from ..variables import Clock, Variable, t as time_clock
 from .base import Solver
+from .weights import Array, Segment, Weights, exact
 
-__all__ = ["DDIM", "DPMSolverPP"]
+__all__ = ["Multistep", "SingleStep", "Tableau"]
 
 
 @dataclass(frozen=True)
-class DDIM(Solver):
-    """x_s = alpha_s x0 + sqrt(sigma_s^2 - w^2) eps + w z, w^2 = eta^2 (sigma_s^2 / sigma_t^2) Var[x_t | x_s].
+class Tableau:
+    """The evaluations inside one step. `fractions`: where they sit in the step of the coordinate, the first at 0.
 
-    eta = 0: the flow, order 1 (Euler in rho); eta = 1: `Ancestral()`, the reverse SDE. Song et al. 2021 (DDIM, ICLR), eq. 12, 16.
+    rows: how evaluation 1, 2, ... and last the end are made, each from the earlier ones: integers name those to interpolate through,
+    floats are their weights in units of the step of u (then the fractions are of u).
     """
 
-    eta: float = 0.0
-    grid = staticmethod(logsnr)
-
-    def __post_init__(self) -> None:
-        check_number(self.eta, "eta", 0.0, 1.0)
+    order: int
+    fractions: tuple[float, ...]
+    rows: tuple[tuple[int, ...] | tuple[float, ...], ...]
 
     @property
-    def stochastic(self) -> bool:
-        """Whether a step draws noise."""
-        return self.eta > 0
+    def interpolates(self) -> bool:
+        """Whether the rows name evaluations."""
+        return isinstance(self.rows[0][0], int)
+
+
+MIDPOINT = Tableau(2, (0.0, 1 / 2), ((0,), (1,)))
+TRAPEZOID = Tableau(2, (0.0, 1.0), ((0,), (0, 1)))
+THIRDS = Tableau(3, (0.0, 1 / 3, 2 / 3), ((0,), (0, 1), (0, 2)))
+CLASSIC = Tableau(4, (0.0, 1 / 2, 1 / 2, 1.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step from t to s, ready to run. Coefficients are of [x, `past` earlier q (newest first), the x0 evaluated so far]."""
+
+    t: float
+    s: float
+    past: int
+    stages: tuple[tuple[Tensor, tuple[float, ...]], ...]  # (time, coefficients of the state to evaluate there)
+    final: tuple[float, ...]
+    keep: tuple[float, float] = (0.0, 0.0)  # (p, r) of this step's q
+    hold: int = 0  # how many q later steps will read: this one's, if any, and the last before it
+
+
+def combine(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """sum_j c_j v_j as a new tensor."""
+    out: Tensor | None = None
+    for c, v in zip(coefficients, tensors, strict=True):
+        if c != 0.0:
+            out = v * c if out is None else out.add_(v, alpha=c)
+    return torch.zeros_like(tensors[0]) if out is None else out
+
+
+@dataclass(frozen=True)
+class Linear(Solver):
+    """A solver whose every step is a linear map, found by `rows` for a whole grid at once."""
+
+    variable: Variable
+    coordinate: Clock | None
+    name: str = field(default="", compare=False, kw_only=True)
+    recommended: Grid = field(default=logsnr, compare=False, kw_only=True)
+
+    @property
+    def grid(self) -> Grid:
+        """The grid it recommends."""
+        return self.recommended
+
+    @property
+    def invariant(self) -> bool:
+        """Whether the step knows the schedule through rho alone."""
+        return time_clock not in (self.coordinate, self.variable.clock)
+
+    def __repr__(self) -> str:
+        return self.name or super().__repr__()
+
+    @abstractmethod
+    def rows(self, sde: LinearSDE, times: Tensor) -> tuple[Row, ...]:
+        """Every step of the grid."""
+
+    def start(self, sde: LinearSDE, times: Tensor) -> Any:
+        """(rows, the number of the next, past q newest first)."""
+        frozen = getattr(type(sde), "__dataclass_params__", None)
+        if frozen is None or not frozen.frozen:  # it could change under us: no memory of it
+            return self.rows(sde, times), 0, ()
+        return _remembered(self, sde, tuple(times.tolist())), 0, ()
+
+    def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x_s from x_t `[B, *shape]`; t and s are those `start` was given, or any with state=None."""
+        rows, k, past = self.start(oracle.sde, torch.stack([t, s])) if state is None else state
+        row = rows[k]
+        if float(t) != row.t or float(s) != row.s:
+            raise ValueError(
+                f"step {k} of this grid runs from t = {row.t:.6g} to {row.s:.6g}, got {float(t):.6g} and {float(s):.6g}; start the "
+                "solver on the grid it runs on"
+            )
+        known = [x, *past[: row.past], oracle(x, t).x0]
+        x0 = known[-1]
+        for time, coefficients in row.stages:
+            known.append(oracle(combine(coefficients, known), time).x0)
+        if row.hold:
+            past = (x0 if row.keep == (0.0, 1.0) else combine(row.keep, (x, x0)), *past[: row.hold - 1])
+        return combine(row.final, known), (rows, k + 1, past)
+
+
+@lru_cache(maxsize=256)
+def _remembered(solver: Linear, sde: LinearSDE, times: tuple[float, ...]) -> tuple[Row, ...]:
+    """The rows of a grid met before: every microbatch of a solve asks for the same."""
+    return solver.rows(sde, torch.tensor(times, dtype=torch.float64))
+
+
+def lines(variable: Variable, sde: LinearSDE, times: Tensor) -> list[tuple[float, float, float]]:
+    """(m, p, r) at each time."""
+    p, r = variable.read(sde, times)
+    m = variable.scale(sde.alpha(times), sde.sigma(times))
+    return list(zip(m.tolist(), p.tolist(), r.tolist(), strict=True))
+
+
+def single_rows(
+    variable: Variable, coordinate: Clock, sde: LinearSDE, times: Tensor, tableau: Tableau
+) -> tuple[Row, ...]:
+    """The rows of a tableau on each step: evaluation i is of x_i = m_i (x / m_t + sum_j c_ij q_j), q_j = p_j x_j + r_j x0_j."""
+    clock = coordinate if tableau.interpolates else variable.clock
+    w = clock.at(sde, times)
+    width = 1 + len(tableau.fractions)
+    nodes, inner, at = [], [], []  # an evaluation each: the coordinate, the times, (m, p, r)
+    for fraction in tableau.fractions:
+        place = {0.0: times[:-1], 1.0: times[1:]}.get(fraction)
+        inner.append(clock.time(sde, w[:-1] + fraction * w.diff()) if place is None else place)
+        nodes.append(clock.at(sde, inner[-1]).tolist())
+        at.append(lines(variable, sde, inner[-1]))
+    ends = lines(variable, sde, times[1:])
+    made = []
+    for k in range(len(times) - 1):
+        unit = np.eye(width)
+        m_t = at[0][k][0]
+        states, q = [unit[0]], []
+        for i, row in enumerate(tableau.rows):
+            _, p, r = at[i][k]
+            q.append(p * states[i] + r * unit[1 + i])
+            last = i + 1 == len(tableau.fractions)
+            m, end = (ends[k][0], times[k + 1]) if last else (at[i + 1][k][0], inner[i + 1][k])
+            if tableau.interpolates:
+                c = exact(Segment.between(variable, coordinate, sde, times[k], end), [nodes[j][k] for j in row])
+                used = [q[j] for j in row]
+            else:
+                c, used = np.array(row) * float(w[k + 1] - w[k]), q[: len(row)]
+            states.append(m / m_t * unit[0] + m * sum(cj * qj for cj, qj in zip(c, used, strict=True)))
+        stages = tuple((inner[i][k], tuple(states[i][: 1 + i].tolist())) for i in range(1, len(tableau.fractions)))
+        made.append(Row(float(times[k]), float(times[k + 1]), 0, stages, tuple(states[-1].tolist()), at[0][k][1:]))
+    return tuple(made)
+
+
+@dataclass(frozen=True, repr=False)
+class SingleStep(Linear):
+    """Explicit (exponential) Runge-Kutta: dy/du = q with every evaluation inside the step, no past.
+
+    variable: (m, u, q), see `scoresde.variables`; coordinate: the clock in which the tableau places and interpolates its evaluations.
+    """
+
+    tableau: Tableau
 
     @property
     def order(self) -> int:
-        """1 for the flow (eta = 0)."""
-        if self.eta > 0:
-            raise TypeError(f"DDIM(eta={self.eta}) is stochastic: read weak_order and strong_order")
-        return 1
+        """The tableau's."""
+        return self.tableau.order
 
-    weak_order = 1.0
-    strong_order = 1.0
+    def evaluations(self, steps: int) -> int:
+        """A tableau's worth a step."""
+        return len(self.tableau.fractions) * steps
 
-    def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """x_s from x_t."""
-        sde, p = oracle.sde, oracle(x, t)
-        a, b = cast(sde.alpha(s), x), sde.sigma(s)
-        if self.eta == 0:
-            return a * p.x0 + cast(b, x) * p.eps, None
-        w = self.eta * b / sde.sigma(t) * sde.transition(s, t)[1]
-        return a * p.x0 + cast((b**2 - w**2).sqrt(), x) * p.eps + cast(w, x) * oracle.noise(x, t, s), None
+    def rows(self, sde: LinearSDE, times: Tensor) -> tuple[Row, ...]:
+        """Every step alike."""
+        return single_rows(self.variable, self.coordinate or self.variable.clock, sde, times, self.tableau)
 
 
-@dataclass(frozen=True)
-class DPMSolverPP(Solver):
-    """DPM-Solver++ multistep: x_s = (sigma_s / sigma_t) x - alpha_s (e^-h - 1) D, h = half the step in logsnr.
+@dataclass(frozen=True, repr=False)
+class Multistep(Linear):
+    """Adams methods: q is extrapolated through its last `nodes` values, one evaluation a step. y_s = y_t + sum_j c_j q_j.
 
-    order 1: D = x0 (DDIM); order 2 (2M): D = x0 + h / (2 h_last) (x0 - x0_last). Lu et al. 2022, algorithm 2 and eq. 17.
+    variable: (m, u, q), see `scoresde.variables`; coordinate: the clock of the polynomial (None: the number of the step, whose weights
+    are those of a uniform grid); weights: `exact`, `bh1`, `bh2`; corrector: x_t is made again through the evaluation at t, one node
+    more, before it is stepped from (PEC: predict, evaluate, correct; the evaluation is kept, the last state stays uncorrected);
+    startup: the first steps are single steps of the order the past cannot give yet (None: from three nodes and NFE 20 on; False:
+    orders 1, 2, ... , which caps the global order at 2, with a corrector at 3); lower_final: no more nodes than steps left.
     """
 
-    order: int = 2  # type: ignore[override]
-    grid = staticmethod(logsnr)
+    nodes: int
+    weights: Weights = exact
+    corrector: bool = False
+    startup: bool | None = None
+    lower_final: bool = False
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2) or isinstance(self.order, bool):
-            raise ValueError(f"order is {self.order!r}; wanted 1 or 2")
+        check_count(self.nodes, "nodes")
 
-    def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """x_s from x_t; the state is (x0_last, h_last)."""
-        sde, x0 = oracle.sde, oracle(x, t).x0
-        h = (sde.logsnr(s) - sde.logsnr(t)) / 2
-        d = x0
-        if self.order == 2 and state is not None:
-            x0_last, h_last = state
-            d = x0 + cast(h / (2 * h_last), x) * (x0 - x0_last)
-        a, b = cast(-sde.alpha(s) * (-h).expm1(), x), cast(sde.sigma(s) / sde.sigma(t), x)
-        return b * x + a * d, (x0, h)
+    @property
+    def _full_order(self) -> int:
+        return self.nodes + self.corrector
+
+    @property
+    def order(self) -> int:
+        """nodes, one more with a corrector, as far as coordinate, start-up and end allow."""
+        caps = [self._full_order]
+        if self.startup is False:
+            caps.append(2 + self.corrector)
+        if self.lower_final or self.coordinate is None:
+            caps.append(2)
+        return min(caps)
+
+    def _single_steps(self, steps: int) -> tuple[int, Tableau]:
+        """How many first steps are single steps, and which: their local order is that of the method, less one."""
+        tableau = {2: MIDPOINT, 3: THIRDS}.get(self._full_order - 1, CLASSIC)
+        count = max(0, self.nodes - 2) if self.coordinate is not None else 0
+        extra = count * (len(tableau.fractions) - 1)
+        wanted = self.startup if self.startup is not None else steps + extra >= 19  # and the final mean: NFE 20
+        return (min(count, steps) if wanted else 0), tableau
+
+    def evaluations(self, steps: int) -> int:
+        """One a step, and those inside the single steps of the start."""
+        count, tableau = self._single_steps(steps)
+        return steps + count * (len(tableau.fractions) - 1)
+
+    def _segment(self, sde: LinearSDE, times: Tensor, k: int) -> Segment:
+        if self.coordinate is None:
+            du = self.variable.clock.at(sde, times[k : k + 2]).diff()
+            return Segment.counted(k, float(du))
+        return Segment.between(self.variable, self.coordinate, sde, times[k], times[k + 1])
+
+    def rows(self, sde: LinearSDE, times: Tensor) -> tuple[Row, ...]:
+        """The single steps of the start, then one evaluation a step."""
+        n = len(times) - 1
+        count, tableau = self._single_steps(n)
+        made: list[Row] = []
+        if count:
+            made += single_rows(self.variable, self.coordinate or self.variable.clock, sde, times[: count + 1], tableau)
+        w = list(range(n + 1)) if self.coordinate is None else self.coordinate.at(sde, times).tolist()
+        at = lines(self.variable, sde, times)
+        before: tuple[Segment, Array] | None = None  # the last step's, when the corrector may redo it
+        for k in range(count, n):
+            used = min(self.nodes, k + 1, n - k if self.lower_final else n)
+            (m_t, p, r), m_s = at[k], at[k + 1][0]
+            segment = self._segment(sde, times, k)
+            c = self.weights(segment, [w[k - j] for j in range(used)])
+            q = np.zeros(max(used, 1 + len(before[1]) if before else 0))  # coefficients of q_k, q_{k-1}, ... in y_s
+            q[:used] += c
+            if before is not None:  # y_t + (corrected - predicted increment of the last step)
+                earlier, predicted = before
+                nodes = [w[k - 1], w[k], *(w[k - 1 - j] for j in range(1, len(predicted)))]
+                again = self.weights(earlier, nodes)
+                q[0] += again[1]
+                q[1 : 1 + len(predicted)] += np.delete(again, 1) - predicted
+            q *= m_s
+            final = (m_s / m_t + q[0] * p, *q[1:].tolist(), q[0] * r)
+            made.append(Row(float(times[k]), float(times[k + 1]), len(q) - 1, (), final, (p, r)))
+            before = (segment, c) if self.corrector else None
+        hold = 0
+        for k in range(n - 1, -1, -1):
+            made[k] = replace(made[k], hold=hold)
+            hold = max(hold - 1, made[k].past)
+        return tuple(made)

@@ -61,3 +61,25 @@ class Ancestral(StochasticSolver):
         a, b = cast(r * ratio**2, x), cast(sde.alpha(s) * (std / sde.sigma(t)) ** 2, x)
         spread = std * ratio ** (1 - self.upper)
         return a * x + b * x0 + cast(spread, x) * oracle.noise(x, t, s), None
+
+
+@dataclass(frozen=True)
+class NoisyDDIM(StochasticSolver):
+    """`DDIM(eta)` for eta > 0; its formula is there."""
+
+    eta: float
+    weak_order = 1.0
+    strong_order = 1.0
+
+    def __post_init__(self) -> None:
+        check_number(self.eta, "eta", 0.0, 1.0)
+
+    def __repr__(self) -> str:
+        return f"DDIM(eta={self.eta})"
+
+    def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x_s from x_t."""
+        sde, p = oracle.sde, oracle(x, t)
+        a, b = cast(sde.alpha(s), x), sde.sigma(s)
+        w = self.eta * b / sde.sigma(t) * sde.transition(s, t)[1]
+        return a * p.x0 + cast((b**2 - w**2).sqrt(), x) * p.eps + cast(w, x) * oracle.noise(x, t, s), None

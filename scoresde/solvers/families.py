@@ -1,0 +1,167 @@
+"""The published names: each is one setting of the core, no formula of its own.
+
+Two that agree are equal: `DPMSolverPP(2, weights=exact) == AdamsBashforth(2, x0)`.
+"""
+
+from __future__ import annotations
+
+from ..checks import check_count
+from ..grid import karras, logsnr, quadratic, rectified
+from ..variables import Clock, Variable, eps, lam, t, velocity, x0
+from .base import Solver
+from .exponential import CLASSIC, MIDPOINT, THIRDS, TRAPEZOID, Multistep, SingleStep
+from .stochastic import NoisyDDIM
+from .weights import Weights, bh2, exact
+
+__all__ = [
+    "DDIM", "DEIS", "IPNDM", "RK4", "AdamsBashforth", "AdamsMoulton", "DPMSolver", "DPMSolverPP", "Euler", "Heun", "UniPC",
+]  # fmt: skip
+
+
+def _check_order(order: int, low: int, high: int) -> int:
+    if check_count(order, "order", low) > high:
+        raise ValueError(f"order is {order}; wanted an integer from {low} to {high}")
+    return order
+
+
+def _suffix(**settings: object) -> str:
+    """The settings that are not the default, as the caller wrote them."""
+    return "".join(f", {k}={getattr(v, '__name__', v)}" for k, v in settings.items() if v not in (None, False))
+
+
+def _in(variable: Variable) -> str:
+    return "" if variable is eps else f"variable={variable}"
+
+
+def Euler(variable: Variable = eps) -> Multistep:
+    """Euler: y_s = y_t + (u_s - u_t) q_t; in eps, x0 and velocity alike DDIM; `Euler(time)` steps dx/dt. Order 1.
+
+    Karras et al. 2022 (NeurIPS), algorithm 1 without its second half; Song et al. 2021 (ICLR), eq. 13 discretised, in time.
+    """
+    return Multistep(variable, variable.coordinate, 1, name=f"Euler({_in(variable)})", recommended=karras)
+
+
+def DDIM(eta: float = 0.0) -> Solver:
+    """x_s = alpha_s x0 + sqrt(sigma_s^2 - w^2) eps + w z, w^2 = eta^2 (sigma_s^2 / sigma_t^2) Var[x_t | x_s].
+
+    eta = 0: the flow, order 1 (Euler in rho); eta = 1: `Ancestral()`, the reverse SDE. Song et al. 2021 (DDIM, ICLR), eq. 12, 16.
+    """
+    noisy = NoisyDDIM(eta)
+    return noisy if eta > 0 else Multistep(eps, eps.coordinate, 1, name="DDIM()")
+
+
+def Heun(variable: Variable = eps) -> SingleStep:
+    """Heun: y_s = y_t + (u_s - u_t) (q_t + q_s) / 2, q_s from an Euler step. Order 2, two evaluations a step.
+
+    In eps, with the mean at the last time, this is Karras et al. 2022 (NeurIPS), algorithm 1.
+    """
+    return SingleStep(variable, variable.clock, TRAPEZOID, name=f"Heun({_in(variable)})", recommended=karras)
+
+
+def RK4(variable: Variable = eps) -> SingleStep:
+    """The classical Runge-Kutta method of dy/du = q. Order 4, four evaluations a step. Kutta 1901."""
+    return SingleStep(variable, variable.clock, CLASSIC, name=f"RK4({_in(variable)})", recommended=karras)
+
+
+def DPMSolver(order: int = 3) -> SingleStep | Multistep:
+    """DPM-Solver, single-step: eps interpolated in lam at 0, 1/2 (order 2) or 0, 1/3, 2/3 (order 3) of the step, `order` evaluations.
+
+    x_s = (alpha_s / alpha_t) x - alpha_s int_lam e^-u eps(u) du. Lu et al. 2022 (NeurIPS), algorithms 1, 2. Order 2 is dpm_2 of Karras.
+    """
+    return _single(eps, order, f"DPMSolver(order={order})")
+
+
+def _single(variable: Variable, order: int, name: str) -> SingleStep | Multistep:
+    if _check_order(order, 1, 3) == 1:
+        return Multistep(variable, lam, 1, name=name)
+    return SingleStep(variable, lam, {2: MIDPOINT, 3: THIRDS}[order], name=name)
+
+
+def DPMSolverPP(
+    order: int = 2, singlestep: bool = False, weights: Weights = bh2, startup: bool | None = None, lower_final: bool = False
+) -> SingleStep | Multistep:
+    """DPM-Solver++: x_s = (sigma_s / sigma_t) x + sigma_s int e^u D(u) du, D the polynomial in lam through x0 at the last `order` nodes.
+
+    weights: `bh2` is the published 2M, whose slope is taken at the middle of the step; `exact` integrates it; order 3 is exact either
+    way (two public versions halve its second difference). singlestep: x0 at 0, 1/2 or 0, 1/3, 2/3 of the step instead, `order`
+    evaluations. startup, lower_final: see `Multistep`. Lu et al. 2022 (DPM-Solver++), algorithms 1, 2, eq. 8, 17.
+    """
+    if singlestep:
+        return _single(x0, order, f"DPMSolverPP(order={order}, singlestep=True)")
+    tail = _suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final)
+    name = f"DPMSolverPP(order={_check_order(order, 1, 3)}{tail})"
+    return Multistep(x0, lam, order, weights if order == 2 else exact, startup=startup, lower_final=lower_final, name=name)
+
+
+def UniPC(
+    order: int = 3, weights: Weights = bh2, variable: Variable = x0, startup: bool | None = None, lower_final: bool = False
+) -> Multistep:
+    """UniPC: predict through the last `order` nodes in lam, correct through one more, the evaluation kept. Order `order` + 1.
+
+    weights: `bh1`, `bh2` or `exact`; they differ where two nodes are used. variable: x0, or eps. startup, lower_final: see `Multistep`.
+    Zhao et al. 2023 (NeurIPS), algorithms 1, 2, 5, 6.
+    """
+    tail = _suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final)
+    tail += "" if variable is x0 else f", {_in(variable) or 'variable=eps'}"
+    return Multistep(
+        variable, lam, _check_order(order, 1, 4), weights, corrector=True, startup=startup, lower_final=lower_final,
+        name=f"UniPC(order={order}{tail})",
+    )  # fmt: skip
+
+
+def DEIS(order: int = 3, coordinate: Clock = t, startup: bool | None = None, lower_final: bool = False) -> Multistep:
+    """DEIS: x_s = (alpha_s / alpha_t) x + alpha_s int eps d(rho), eps a polynomial of degree `order` (0 to 3). Order `order` + 1.
+
+    coordinate: of the polynomial: `t` is tAB-DEIS, `rho` rhoAB, `lam` that in log rho. Zhang & Chen 2023 (ICLR), eq. 14-15, 17.
+    """
+    _check_order(order, 0, 3)
+    name = f"DEIS(order={order}, coordinate={coordinate.name}{_suffix(startup=startup, lower_final=lower_final)})"
+    return Multistep(
+        eps, coordinate, order + 1, startup=startup, lower_final=lower_final, name=name,
+        recommended=quadratic if coordinate is t else logsnr,
+    )  # fmt: skip
+
+
+def IPNDM(order: int = 4) -> Multistep:
+    """iPNDM: y_s = y_t + (rho_s - rho_t) sum_j b_j eps_j with the Adams-Bashforth b of a uniform grid: (3, -1) / 2, (23, -16, 5) / 12, ...
+
+    On a grid that is not uniform in rho its order is 2 whatever the past. Liu et al. 2022 (PNDM); Zhang & Chen 2023 (ICLR), eq. 19.
+    """
+    return Multistep(eps, None, _check_order(order, 1, 4), name=f"IPNDM(order={order})", recommended=karras)
+
+
+def AdamsBashforth(
+    order: int = 3, variable: Variable = velocity, coordinate: Clock | None = None, startup: bool | None = None,
+    lower_final: bool = False,
+) -> Multistep:  # fmt: skip
+    """Variable-step Adams-Bashforth: y_s = y_t + int q du, q the polynomial through its last `order` values. Order `order` (1 to 4).
+
+    variable: eps, x0, velocity or time of `scoresde.variables`; coordinate: the clock of the polynomial, the variable's by default.
+    startup, lower_final: see `Multistep`. Hairer, Norsett & Wanner 1993, III.5.
+    """
+    return _adams("AdamsBashforth", _check_order(order, 1, 4), 0, variable, coordinate, startup, lower_final)
+
+
+def AdamsMoulton(
+    order: int = 3, variable: Variable = velocity, coordinate: Clock | None = None, startup: bool | None = None,
+    lower_final: bool = False,
+) -> Multistep:  # fmt: skip
+    """Variable-step Adams-Moulton, PEC: `AdamsBashforth(order - 1)` predicts, one more node corrects. Order `order` (2 to 5).
+
+    One evaluation a step, kept after the correction, as in UniPC: `UniPC(p, exact) == AdamsMoulton(p + 1, x0)`. Hairer, Norsett & Wanner
+    1993, III.5.
+    """
+    return _adams("AdamsMoulton", _check_order(order, 2, 5), 1, variable, coordinate, startup, lower_final)
+
+
+def _adams(
+    name: str, order: int, corrector: int, variable: Variable, coordinate: Clock | None, startup: bool | None, lower_final: bool
+) -> Multistep:
+    if not isinstance(variable, Variable):
+        raise TypeError(f"variable is {variable!r}; wanted one of scoresde.variables: eps, x0, velocity, time")
+    tail = _suffix(coordinate=None if coordinate is None else coordinate.name, startup=startup, lower_final=lower_final)
+    return Multistep(
+        variable, coordinate or variable.coordinate, order - corrector, corrector=bool(corrector), startup=startup,
+        lower_final=lower_final, name=f"{name}(order={order}, variable={variable}{tail})",
+        recommended=rectified if variable is velocity else logsnr,
+    )  # fmt: skip
