@@ -33,7 +33,8 @@ benchmark: .venv/ok       ## the cost of seeded noise
 .venv/ok: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,demo,peers]"
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt k-diffusion  # its samplers need nothing more
 	touch $@
 
 .venv/docs: .venv/ok

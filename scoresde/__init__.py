@@ -8,6 +8,7 @@ from . import checkpoint, grid, loss, metrics, nets, noise, parameterizations, s
 from .checks import NonFiniteError
 from .denoiser import Denoiser, Preconditioned, Wrapped, flow, reverse_drift
 from .exact import Empirical, Gaussian, Mixture
+from .guidance import Clipped, Thresholded
 from .likelihood import BitsPerDim, LogProb, Quantized, bits_per_dim, log_prob
 from .loss import dsm_loss
 from .nets import MLP, UNet
@@ -41,10 +42,11 @@ from .train import EMA, Step, fit
 __version__ = "0.1.0"
 
 __all__ = [
-    "DDIM", "DEIS", "EDM", "EMA", "IPNDM", "MALA", "MLP", "RK4", "SDE", "VE", "VP", "AdamsBashforth", "AdamsMoulton", "Ancestral",
-    "BitsPerDim", "Cosine", "DPMSolver", "DPMSolverPP", "Denoiser", "DiscreteVP", "Empirical", "Euler", "EulerMaruyama", "Gaussian",
-    "Heun", "Langevin", "LinearSDE", "LogProb", "Mixture", "NonFiniteError", "Oracle", "Preconditioned", "Prediction",
-    "PredictorCorrector", "Quantized", "Rectified", "Solution", "Solver", "Step", "StochasticSolver", "SubVP", "Tabulated",
-    "TorchDiffEq", "UNet", "UniPC", "Wrapped", "bits_per_dim", "checkpoint", "decode", "dsm_loss", "encode", "fit", "flow", "grid",
-    "log_prob", "loss", "metrics", "nets", "noise", "parameterizations", "reverse_drift", "sample", "solvers", "trajectory", "variables",
+    "DDIM", "DEIS", "EDM", "EMA", "IPNDM", "MALA", "MLP", "RK4", "SDE", "VE", "VP", "AdamsBashforth", "AdamsMoulton",
+    "Ancestral", "BitsPerDim", "Clipped", "Cosine", "DPMSolver", "DPMSolverPP", "Denoiser", "DiscreteVP", "Empirical",
+    "Euler", "EulerMaruyama", "Gaussian", "Heun", "Langevin", "LinearSDE", "LogProb", "Mixture", "NonFiniteError", "Oracle",
+    "Preconditioned", "Prediction", "PredictorCorrector", "Quantized", "Rectified", "Solution", "Solver", "Step",
+    "StochasticSolver", "SubVP", "Tabulated", "Thresholded", "TorchDiffEq", "UNet", "UniPC", "Wrapped", "bits_per_dim",
+    "checkpoint", "decode", "dsm_loss", "encode", "fit", "flow", "grid", "log_prob", "loss", "metrics", "nets", "noise",
+    "parameterizations", "reverse_drift", "sample", "solvers", "trajectory", "variables",
 ]  # fmt: skip

@@ -98,7 +98,7 @@ def run(
         xs, nfe, seconds = zip(*(future.result() for future in waiting[key(row)]), strict=True)
         x, each = torch.cat(xs), torch.cat(nfe)
         result = {
-            "problem": row.problem, "solver": row.label or type(row.solver).__name__, "settings": repr(row.solver),
+            "problem": row.problem, "solver": row.label or repr(row.solver).partition("(")[0], "settings": repr(row.solver),
             "grid": row.solver.grid.__name__, "budget": row.nfe, "nfe": float(each.double().mean()), "nfe_max": int(each.max()),
             **score(x), "samples": len(x), "seconds": round(max(seconds), 2),
         }  # fmt: skip

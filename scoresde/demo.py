@@ -209,7 +209,7 @@ def rows(settings: Settings) -> list[Row]:
             if name == "VP" and isinstance(solver, EulerMaruyama):
                 made += [Row(name, solver, n) for n in settings.em_nfes]
         for solver in (DDIM(), Heun(), DPMSolverPP(2)):
-            made += [Row(name, solver, n, "DPM-Solver++(2M)" if isinstance(solver, DPMSolverPP) else "") for n in settings.nfes]
+            made += [Row(name, solver, n, "DPM-Solver++(2M)" if solver == DPMSolverPP(2) else "") for n in settings.nfes]
         made += [Row(name, TorchDiffEq(rtol=tol, atol=tol), None, f"dopri5 {tol:.0e}") for tol in settings.tolerances]
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,9 +40,12 @@ class Oracle:
         self.sde: LinearSDE = denoiser.sde
         self.throw = throw
         self.names = torch.arange(rows) if names is None else names
-        self.nfe = torch.zeros(rows, dtype=torch.int64)
+        self._size = rows
+        self._calls = [0]  # of the whole batch; one list for this oracle and its selections
+        self._each = torch.zeros(rows, dtype=torch.int64)  # and those of selections, by row
         self._rows: Tensor | None = None  # of the root's batch, when this is a selection
         self._kind = "score"
+        self._passes = 0
         self._counts = dict.fromkeys(("score", "denoise", "rejected", "network", "divergence"), 0.0)
         self._handles: list[RemovableHandle] = []
         self._marks: list[Tensor] = []
@@ -51,20 +55,39 @@ class Oracle:
     # --- asking -----------------------------------------------------------------------------------------------------------
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
         """The prediction at (x, t), counted once for every row."""
-        if t.device.type == "cpu" and not (self._span[0] <= float(t.min()) and float(t.max()) <= self._span[1]):
+        self._count(t)
+        return self.denoiser.predict(x, t)
+
+    def mean(self, x: Tensor, t: Tensor) -> Tensor:
+        """x0 at (x, t) alone, counted as a call: what a solver that needs nothing else of the prediction asks for."""
+        self._count(t)
+        return self.denoiser.mean(x, t)
+
+    def _count(self, t: Tensor) -> None:
+        low, high = self._span
+        if t.device.type == "cpu" and not (
+            low <= float(t) <= high if t.ndim == 0 else low <= float(t.min()) and float(t.max()) <= high
+        ):
             raise ValueError(
                 f"t = {t.flatten()[:4].tolist()} is outside [{self.sde.t_min}, {self.sde.t_max}], where {type(self.sde).__name__} "
                 "is regular; choose times inside or give the SDE another t_min, t_max"
             )
+        counts = self._counts
         if self._rows is None:
-            self.nfe += 1
-            self._counts[self._kind] += 1
+            self._calls[0] += 1
+            share = 1.0
         else:
-            self.nfe[self._rows] += 1
-            self._counts[self._kind] += len(self._rows) / max(1, len(self.nfe))
-        return self.denoiser.predict(x, t)
+            self._each[self._rows] += 1
+            share = len(self._rows) / max(1, self._size)
+        counts[self._kind] += share
+        counts["network"] += self._passes * share
 
     predict = __call__
+
+    @property
+    def nfe(self) -> Tensor:
+        """Evaluations a sample, `[B]` int64 on the CPU."""
+        return self._each + self._calls[0]
 
     @property
     def noise(self) -> Noise:
@@ -109,11 +132,18 @@ class Oracle:
         denoisers = [m for m in self.denoiser.modules() if isinstance(m, Denoiser)]
         for m in denoisers:
             m.recorders.append(self.record)
+        if denoisers == [
+            self.denoiser
+        ]:  # it owns the network: every evaluation is one pass, and a hook would cost more than the count
+            self._passes = 1
+            return self
+        for m in denoisers:
             if not any(isinstance(c, Denoiser) for c in m.modules() if c is not m):
                 self._handles.append(m.register_forward_hook(self._on_forward, with_kwargs=True))
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._passes = 0
         while self._handles:
             self._handles.pop().remove()
         for m in self.denoiser.modules():
@@ -122,35 +152,46 @@ class Oracle:
 
     def _on_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any) -> None:
         x = args[0] if args else kwargs["x"]
-        self._counts["network"] += len(x) / max(1, len(self.nfe))
+        self._counts["network"] += len(x) / max(1, self._size)
 
     def begin(self, x: Tensor) -> None:
         """Start to watch a trajectory from x `[B, *shape]`."""
-        if len(x) != len(self.nfe) and self._rows is None:
-            raise ValueError(f"x has {len(x)} rows, the oracle was made for {len(self.nfe)}: Oracle(denoiser, {len(x)}, noise)")
+        if x.shape[0] != self._size and self._rows is None:
+            raise ValueError(f"x has {len(x)} rows, the oracle was made for {self._size}: Oracle(denoiser, {len(x)}, noise)")
         self._marks.clear()
 
     # --- watching ---------------------------------------------------------------------------------------------------------
     def watch(self, x: Tensor) -> None:
         """Note the state after a step: one sum a sample, left on its device, so that a fixed grid costs no synchronisation."""
-        self._marks.append(x.detach().flatten(1).sum(1))
+        x = x.detach() if x.requires_grad else x
+        self._marks.append((x if x.ndim == 2 else x.flatten(1)).sum(1))
 
     def status(self) -> Tensor:
         """`[B]` int64 on the CPU: 0 for a finite sample, else the number (from 1) of the first step that left it non-finite."""
         if not self._marks:
-            return torch.zeros(len(self.nfe), dtype=torch.int64)
-        bad = ~torch.stack(self._marks).isfinite().cpu()
+            return torch.zeros(self._size, dtype=torch.int64)
+        marks = torch.stack(self._marks)
+        if math.isfinite(float(marks.sum())):
+            return torch.zeros(self._size, dtype=torch.int64)
+        bad = ~marks.isfinite().cpu()
         return torch.where(bad.any(0), bad.int().argmax(0) + 1, 0)
 
-    def check(self, times: Tensor) -> None:
-        """Raise NonFiniteError when a watched state was not finite, naming samples, step and times."""
+    def check(self, times: Tensor) -> Tensor:
+        """The status; raises NonFiniteError when a watched state was not finite, naming samples, step and times."""
         status = self.status()
-        if bool(status.any()):
+        if self.throw and bool(status.any()):
             step = int(status[status > 0].min())
             rows, all_rows = self.names[status > 0].unique(), self.names.unique()  # padding repeats a row
-            raise NonFiniteError(
-                f"the state of samples {rows[:8].tolist()}{' and more' if len(rows) > 8 else ''} ({len(rows)} of {len(all_rows)}) is "
-                f"not finite after step {step} of {len(times) - 1} (t = {times[step - 1]:.6g} -> {times[step]:.6g}): the denoiser "
-                "returned NaN or infinity there, or the step overflowed; check the network at that time, or use throw=False and "
-                "read .status"
+            n = len(times) - 1
+            there = (
+                f"step {step} of {n} (t = {times[step - 1]:.6g} -> {times[step]:.6g})"
+                if step <= n
+                else f"the mean at t = {times[n]:.6g}"
             )
+            more = " and more" if len(rows) > 8 else ""
+            raise NonFiniteError(
+                f"the state of samples {rows[:8].tolist()}{more} ({len(rows)} of {len(all_rows)}) is not finite after {there}: the "
+                "denoiser returned NaN or infinity there, or the step overflowed; check the network at that time, or use throw=False "
+                "and read .status"
+            )
+        return status

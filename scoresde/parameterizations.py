@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,16 +14,33 @@ __all__ = ["Prediction", "edm", "eps", "score", "v", "velocity", "x0"]
 Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]
 Inverse = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Parameterization = Callable[[LinearSDE, Tensor], Coefficients]
+_Late = Callable[[], Tensor]
 
 
-@dataclass(frozen=True)
 class Prediction:
-    """What a denoiser says at (x, t): `x0` and, from x = alpha x0 + sigma eps, every other name of it (shape of x)."""
+    """What a denoiser says at (x, t): `x0` and, from x = alpha x0 + sigma eps, every other name of it (shape of x).
 
-    x: Tensor
-    x0: Tensor
-    alpha: Tensor
-    sigma: Tensor
+    alpha, sigma: the coefficients at t, or functions that find them when they are first asked for.
+    """
+
+    __slots__ = ("_alpha", "_sigma", "x", "x0")
+
+    def __init__(self, x: Tensor, x0: Tensor, alpha: Tensor | _Late, sigma: Tensor | _Late) -> None:
+        self.x, self.x0, self._alpha, self._sigma = x, x0, alpha, sigma
+
+    @property
+    def alpha(self) -> Tensor:
+        """Signal scale at t."""
+        if not isinstance(self._alpha, Tensor):
+            self._alpha = self._alpha()
+        return self._alpha
+
+    @property
+    def sigma(self) -> Tensor:
+        """Noise scale at t."""
+        if not isinstance(self._sigma, Tensor):
+            self._sigma = self._sigma()
+        return self._sigma
 
     @property
     def eps(self) -> Tensor:

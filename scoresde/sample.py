@@ -30,25 +30,29 @@ def trajectory(oracle: Oracle, solver: Solver, x: Tensor, times: Tensor) -> Iter
     if not isinstance(oracle, Oracle):
         raise TypeError(f"oracle is {shape_of(oracle)}; wanted an Oracle of it: Oracle(denoiser, len(x), noise)")
     times = check_times(times, oracle.sde)
+    yield from _steps(oracle, solver, x, times)
+    oracle.check(times)
+
+
+def _steps(oracle: Oracle, solver: Solver, x: Tensor, times: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """`trajectory` on checked times, before its last look at the states."""
     if check_solver(solver).stochastic and times[1] > times[0]:
         raise ValueError(f"{solver!r} is stochastic and runs down in time; a deterministic solver can run up")
     check_state(x)
     oracle.begin(x)
     state = solver.start(oracle.sde, times)
+    shape, dtype, step, watch = x.shape, x.dtype, solver.step, oracle.watch
     yield times[0], x
-    for t, s in pairwise(times):
-        found = solver.step(oracle, x, t, s, state)
+    for t, s in pairwise(times.unbind()):
+        found = step(oracle, x, t, s, state)
         if not isinstance(found, tuple) or len(found) != 2:
             raise TypeError(f"{solver!r}.step returned {shape_of(found)}; wanted (x_s, state): return x_s, None")
-        if not isinstance(found[0], Tensor) or found[0].shape != x.shape or found[0].dtype != x.dtype:
-            raise ValueError(
-                f"{solver!r}.step returned x_s {shape_of(found[0])} for x {shape_of(x)}; wanted the same shape and dtype"
-            )
-        x, state = found
-        oracle.watch(x)
+        y, state = found
+        if not isinstance(y, Tensor) or y.shape != shape or y.dtype != dtype:
+            raise ValueError(f"{solver!r}.step returned x_s {shape_of(y)} for x {shape_of(x)}; wanted the same shape and dtype")
+        x = y
+        watch(x)
         yield s, x
-    if oracle.throw:
-        oracle.check(times)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,10 @@ def plan(
 
 def chunks(rows: int, microbatch: int | None) -> Iterator[tuple[Tensor, int]]:
     """(indices, how many of them count): all rows, or pieces of exactly `microbatch`, the last padded with copies of its last row."""
-    size = rows if microbatch is None else check_count(microbatch, "microbatch")
+    if microbatch is None:
+        yield torch.arange(rows), rows
+        return
+    size = check_count(microbatch, "microbatch")
     for start in range(0, rows, max(1, size)):
         index = torch.arange(start, min(start + size, rows))
         yield torch.cat([index, index[-1:].expand(size - len(index))]), len(index)
@@ -156,36 +163,39 @@ def solve(
     wrap: Callable[[Denoiser, Noise | None], Denoiser] = lambda d, _: d,
 ) -> Solution:  # fmt: skip
     """Run the loop over x `[B, *shape]` in pieces of `microbatch` rows and put the pieces together; `finish` maps the last state."""
+    rows = x.shape[0]
     for m in denoiser.modules():
-        if isinstance(m, Preconditioned) and m.cond is not None and len(m.cond) != len(x):
+        if isinstance(m, Preconditioned) and m.cond is not None and len(m.cond) != rows:
             raise ValueError(
-                f"the denoiser holds {len(m.cond)} labels for {len(x)} samples; wanted one a sample: condition(labels [B])"
+                f"the denoiser holds {len(m.cond)} labels for {rows} samples; wanted one a sample: condition(labels [B])"
             )
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     ledger: dict[str, float] = {}
-    for index, kept in chunks(len(x), microbatch):
-        part_noise = None if noise is None else noise.select(index)
-        oracle = Oracle(wrap(denoiser.select(index), part_noise), len(index), part_noise, names=index, throw=throw)
+    for index, kept in chunks(rows, microbatch):
+        size = index.shape[0]
+        whole = size == kept == rows
+        part_noise = noise if noise is None or whole else noise.select(index)
+        part = denoiser if whole else denoiser.select(index)
+        oracle = Oracle(wrap(part, part_noise), size, part_noise, names=index, throw=throw)
         with oracle:
-            last = x[index.to(x.device)]
-            for _, state in trajectory(oracle, solver, last, times):
+            last = x.clone() if whole else x[index.to(x.device)]  # its own: a solver may write into it
+            for _, state in _steps(oracle, solver, last, times):
                 last = state
             if finish is not None:
                 last = finish(oracle, last, times[-1])
                 oracle.watch(last)
-                if throw:
-                    oracle.check(torch.cat([times, times[-1:]]))
-        parts.append((last[:kept], oracle.nfe[:kept], oracle.status()[:kept]))
+            status = oracle.check(times)
+        parts.append((last[:kept], oracle.nfe[:kept], status[:kept]))
         for name, amount in oracle.ledger.items():
-            ledger[name] = ledger.get(name, 0.0) + amount * kept / max(1, len(x))
-    xs, nfe, status = (torch.cat(column) for column in zip(*parts, strict=True))
+            ledger[name] = ledger.get(name, 0.0) + amount * kept / max(1, rows)
+    xs, nfe, status = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
     return Solution(xs, nfe, ledger, status, times, solver, seeds)
 
 
 def final_mean(oracle: Oracle, x: Tensor, t: Tensor) -> Tensor:
     """The mean x0 at the last time: the jump to zero noise, one evaluation."""
     with oracle.counting("denoise"):
-        return oracle(x, t).x0
+        return oracle.mean(x, t)
 
 
 @torch.no_grad()

@@ -12,28 +12,33 @@ and `time` is the flow as it stands, dx = (f x - g^2/2 score) dt. Lu et al. 2022
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .linear import LinearSDE
-from .parameterizations import Inverse, from_eps, from_score, from_velocity, from_x0
+from .parameterizations import from_eps, from_score, from_velocity, from_x0
 
 __all__ = ["Clock", "Variable", "eps", "lam", "rho", "snr", "t", "tau", "time", "velocity", "x0"]
 
-_Map = Callable[[Tensor], Tensor]
-
 
 @dataclass(frozen=True)
-class Clock:
-    """A strictly monotone function of lam = log(alpha / sigma): `of_lam`, its inverse `to_lam` and its derivative `rate`."""
+class Clock(ABC):
+    """A strictly monotone function of lam = log(alpha / sigma), to measure steps in. Subclass it with three lines for another one."""
 
-    name: str
-    of_lam: _Map = field(repr=False)
-    to_lam: _Map = field(repr=False)
-    rate: _Map = field(repr=False)
+    @abstractmethod
+    def of_lam(self, lam: Tensor) -> Tensor:
+        """The clock where log(alpha / sigma) is lam."""
+
+    @abstractmethod
+    def to_lam(self, w: Tensor) -> Tensor:
+        """The inverse of `of_lam`."""
+
+    @abstractmethod
+    def rate(self, lam: Tensor) -> Tensor:
+        """d of_lam / d lam."""
 
     def at(self, sde: LinearSDE, t: Tensor) -> Tensor:
         """The clock at times t."""
@@ -44,13 +49,59 @@ class Clock:
         return sde.time(2 * self.to_lam(w))
 
     def along(self, sde: LinearSDE, lam: Tensor) -> Tensor:
-        """The clock where log(alpha / sigma) is lam."""
+        """`of_lam`, for a clock that may know the schedule."""
         return self.of_lam(lam)
 
+    def __repr__(self) -> str:
+        return type(self).__name__.strip("_").lower()
 
-@dataclass(frozen=True)
-class _Time(Clock):
-    """t itself: the one clock that knows the schedule."""
+
+class _Lam(Clock):
+    def of_lam(self, lam: Tensor) -> Tensor:
+        return lam
+
+    def to_lam(self, w: Tensor) -> Tensor:
+        return w
+
+    def rate(self, lam: Tensor) -> Tensor:
+        return torch.ones_like(lam)
+
+
+class _Rho(Clock):
+    def of_lam(self, lam: Tensor) -> Tensor:
+        return torch.exp(-lam)
+
+    def to_lam(self, w: Tensor) -> Tensor:
+        return -torch.log(w)
+
+    def rate(self, lam: Tensor) -> Tensor:
+        return -torch.exp(-lam)
+
+
+class _Snr(Clock):
+    def of_lam(self, lam: Tensor) -> Tensor:
+        return torch.exp(lam)
+
+    def to_lam(self, w: Tensor) -> Tensor:
+        return torch.log(w)
+
+    def rate(self, lam: Tensor) -> Tensor:
+        return torch.exp(lam)
+
+
+class _Tau(Clock):
+    def of_lam(self, lam: Tensor) -> Tensor:
+        return torch.sigmoid(-lam)
+
+    def to_lam(self, w: Tensor) -> Tensor:
+        return -torch.logit(w)
+
+    def rate(self, lam: Tensor) -> Tensor:
+        return -torch.sigmoid(lam) * torch.sigmoid(-lam)
+
+
+class _T(_Lam):
+    """Time itself, the one clock that knows the schedule. As the u of a variable it is its coordinate too, and needs no rate."""
 
     def at(self, sde: LinearSDE, t: Tensor) -> Tensor:
         return t
@@ -62,50 +113,70 @@ class _Time(Clock):
         return sde.time(2 * lam)
 
 
-def _no_rate(lam: Tensor) -> Tensor:
-    raise TypeError("t has no rate in lam that is the same for every SDE: the variable `time` is interpolated in t")
-
-
-lam = Clock("lam", lambda lam: lam, lambda w: w, torch.ones_like)
-rho = Clock("rho", lambda lam: torch.exp(-lam), lambda w: -torch.log(w), lambda lam: -torch.exp(-lam))
-snr = Clock("snr", torch.exp, torch.log, torch.exp)
-tau = Clock("tau", lambda lam: torch.sigmoid(-lam), lambda w: -torch.logit(w), lambda lam: -torch.sigmoid(lam) * torch.sigmoid(-lam))
-t = _Time("t", lambda lam: lam, lambda w: w, _no_rate)
+lam, rho, snr, tau, t = _Lam(), _Rho(), _Snr(), _Tau(), _T()
 
 
 @dataclass(frozen=True)
-class Variable:
-    """dy/du = q with y = x / m and q = p x + r x0: `scale` is m(alpha, sigma), `clock` is u, `inverse` gives x0 = a x + b q.
+class Variable(ABC):
+    """dy/du = q with y = x / m, q = p x + r x0. `clock` is u, `coordinate` the clock in which solvers interpolate q by default.
 
-    coordinate: the clock in which solvers interpolate q by default.
+    Subclass it with `scale` and `read` for another one, and every solver here takes it.
     """
 
-    name: str
-    inverse: Inverse = field(repr=False)
-    scale: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
-    clock: Clock = field(repr=False)
-    coordinate: Clock = field(repr=False)
+    clock: Clock
+    coordinate: Clock
 
+    @abstractmethod
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """m, at times where the SDE has these coefficients."""
+
+    @abstractmethod
     def read(self, sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(p, r) of q = p x + r x0 at times t."""
-        a, b = self.inverse(sde.alpha(t), sde.sigma(t))
-        return -a / b, 1 / b
+        """(p, r) at times t: x0 = a x + b q of `parameterizations`, read backwards."""
 
     def __repr__(self) -> str:
-        return self.name
+        return type(self).__name__.strip("_").lower()
 
 
-@dataclass(frozen=True, repr=False)
-class _Flow(Variable):
-    """dx/dt, affine in the score with the coefficients of the SDE."""
+def _backwards(inverse: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    a, b = inverse
+    return -a / b, 1 / b
+
+
+class _Eps(Variable):
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha
 
     def read(self, sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
-        p, r = super().read(sde, t)
+        return _backwards(from_eps(sde.alpha(t), sde.sigma(t)))
+
+
+class _X0(Variable):
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma
+
+    def read(self, sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _backwards(from_x0(sde.alpha(t), sde.sigma(t)))
+
+
+class _Velocity(Variable):
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha + sigma
+
+    def read(self, sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _backwards(from_velocity(sde.alpha(t), sde.sigma(t)))
+
+
+class _Time(Variable):
+    """dx/dt = f x - g^2/2 score."""
+
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.ones_like(alpha)
+
+    def read(self, sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
+        p, r = _backwards(from_score(sde.alpha(t), sde.sigma(t)))
         half = sde.diffusion(t) ** 2 / 2
         return sde.drift_coefficient(t) - half * p, -half * r
 
 
-eps = Variable("eps", from_eps, lambda alpha, sigma: alpha, rho, rho)
-x0 = Variable("x0", from_x0, lambda alpha, sigma: sigma, snr, lam)
-velocity = Variable("velocity", from_velocity, lambda alpha, sigma: alpha + sigma, tau, tau)
-time = _Flow("time", from_score, lambda alpha, sigma: torch.ones_like(alpha), t, t)
+eps, x0, velocity, time = _Eps(rho, rho), _X0(snr, lam), _Velocity(tau, tau), _Time(t, t)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import scoresde
 from scoresde import sde as sdes
-from scoresde import solvers
+from scoresde import solvers, variables
 from scoresde.exact import Gaussian, Mixture
 from scoresde.noise import Noise
 from scoresde.sample import solve
@@ -38,19 +38,43 @@ def every_sde() -> dict[str, sdes.LinearSDE]:
 
 SIX = ("VP", "SubVP", "VE", "EDM", "Cosine", "Rectified")
 VARIANTS = {
-    "DDIM": [dict(eta=0.0), dict(eta=1.0), dict(eta=0.5)],
-    "DPMSolverPP": [dict(order=1), dict(order=2)],
+    "AdamsBashforth": [
+        dict(order=2, variable=variables.velocity), dict(order=3, variable=variables.velocity), dict(order=4, variable=variables.velocity),
+        dict(order=3, variable=variables.eps), dict(order=4, variable=variables.x0), dict(order=3, variable=variables.time),
+        dict(order=3, variable=variables.velocity, startup=False), dict(order=4, variable=variables.eps, lower_final=True),
+    ],
+    "AdamsMoulton": [
+        dict(order=2, variable=variables.velocity), dict(order=3, variable=variables.eps), dict(order=4, variable=variables.velocity),
+    ],
     "Ancestral": [dict(upper=0.0), dict(upper=1.0)],
+    "DDIM": [dict(eta=0.0), dict(eta=1.0), dict(eta=0.5)],
+    "DEIS": [
+        dict(order=0), dict(order=1), dict(order=2), dict(order=3), dict(order=3, coordinate=variables.rho),
+        dict(order=3, coordinate=variables.lam),
+    ],
+    "DPMSolver": [dict(order=1), dict(order=2), dict(order=3)],
+    "DPMSolverPP": [
+        dict(order=1), dict(order=2), dict(order=3), dict(order=2, weights=solvers.exact), dict(order=2, singlestep=True),
+        dict(order=3, singlestep=True),
+    ],
+    "Euler": [dict(), dict(variable=variables.time)],
+    "Heun": [dict(), dict(variable=variables.time)],
+    "IPNDM": [dict(order=1), dict(order=2), dict(order=3), dict(order=4)],
     "PredictorCorrector": [
         dict(predictor=solvers.EulerMaruyama(), corrector=solvers.Langevin(0.1)),
         dict(predictor=solvers.Ancestral(), corrector=solvers.Langevin(0.1), corrections=2),
         dict(predictor=solvers.DDIM(), corrector=solvers.MALA(0.1)),
     ],
-}
+    "RK4": [dict(), dict(variable=variables.velocity)],
+    "UniPC": [
+        dict(order=1), dict(order=2), dict(order=3), dict(order=4), dict(order=2, weights=solvers.bh1),
+        dict(order=3, weights=solvers.exact), dict(order=3, variable=variables.eps),
+    ],
+}  # fmt: skip
 
 
 def every_solver() -> list[solvers.Solver]:
-    """Each exported solver, in each variant worth a row; a new class in `__all__` is here without an edit."""
+    """Each exported solver, in each variant worth a row; a new class or function in `__all__` is here without an edit."""
     made = []
     for name in solvers.__all__:
         kind = getattr(solvers, name)

@@ -173,7 +173,7 @@ def test_grid_replaces_the_solvers_own():
         assert torch.equal(found.times, rule(VP, 7))
         assert torch.equal(s.encode(MIX, found.x, steps=7, grid=rule).times, rule(VP, 7).flip(0))
     assert torch.equal(s.sample(MIX, (2, 2), s.Heun(), steps=7).times, grid.karras(VP, 7))
-    assert torch.equal(s.sample(MIX, (2, 2), s.Euler(), steps=7).times, grid.uniform(VP, 7))
+    assert torch.equal(s.sample(MIX, (2, 2), s.Euler(s.variables.time), steps=7).times, grid.uniform(VP, 7))
 
 
 def test_times_of_an_adaptive_solver_are_output_points():

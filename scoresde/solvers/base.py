@@ -64,7 +64,7 @@ class StochasticSolver(Solver):
     @property
     def order(self) -> int:
         """Undefined: see weak_order and strong_order."""
-        raise TypeError(f"{type(self).__name__} is stochastic: read weak_order and strong_order")
+        raise TypeError(f"{self!r} is stochastic: read weak_order and strong_order")
 
     @property
     @abstractmethod

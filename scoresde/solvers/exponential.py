@@ -20,35 +20,32 @@ from ..checks import check_count
 from ..grid import Grid, logsnr
 from ..linear import LinearSDE
 from ..oracle import Oracle
-from ..variables import Clock, Variable, t as time_clock
+from ..variables import Clock, Variable
+from ..variables import t as time_clock
 from .base import Solver
-from .weights import Array, Segment, Weights, exact
+from .weights import Array, Weights, exact, segments
 
 __all__ = ["Multistep", "SingleStep", "Tableau"]
 
 
 @dataclass(frozen=True)
 class Tableau:
-    """The evaluations inside one step. `fractions`: where they sit in the step of the coordinate, the first at 0.
+    """The evaluations inside one step. `fractions`: where they sit in the step, the first at 0; then one of
 
-    rows: how evaluation 1, 2, ... and last the end are made, each from the earlier ones: integers name those to interpolate through,
-    floats are their weights in units of the step of u (then the fractions are of u).
+    through: for evaluation 1, 2, ... and last for the end, the earlier evaluations whose interpolant makes it;
+    shares: the same, as weights of all the earlier evaluations in units of the step of u (then the fractions are of u).
     """
 
     order: int
     fractions: tuple[float, ...]
-    rows: tuple[tuple[int, ...] | tuple[float, ...], ...]
-
-    @property
-    def interpolates(self) -> bool:
-        """Whether the rows name evaluations."""
-        return isinstance(self.rows[0][0], int)
+    through: tuple[tuple[int, ...], ...] = ()
+    shares: tuple[tuple[float, ...], ...] = ()
 
 
 MIDPOINT = Tableau(2, (0.0, 1 / 2), ((0,), (1,)))
 TRAPEZOID = Tableau(2, (0.0, 1.0), ((0,), (0, 1)))
 THIRDS = Tableau(3, (0.0, 1 / 3, 2 / 3), ((0,), (0, 1), (0, 2)))
-CLASSIC = Tableau(4, (0.0, 1 / 2, 1 / 2, 1.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)))
+CLASSIC = Tableau(4, (0.0, 1 / 2, 1 / 2, 1.0), shares=((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)))
 
 
 @dataclass(frozen=True)
@@ -65,10 +62,12 @@ class Row:
 
 
 def combine(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """sum_j c_j v_j as a new tensor."""
+    """sum_j c_j v_j as a new tensor; one pass where it is a mean of two, as every Euler step with alpha = 1 is."""
+    if len(tensors) == 2 and abs(coefficients[0] + coefficients[1] - 1.0) < 1e-15:
+        return torch.lerp(tensors[0], tensors[1], coefficients[1])
     out: Tensor | None = None
-    for c, v in zip(coefficients, tensors, strict=True):
-        if c != 0.0:
+    for c, v in zip(coefficients, tensors):  # noqa: B905 - the inner loop: `strict` has a price
+        if c:
             out = v * c if out is None else out.add_(v, alpha=c)
     return torch.zeros_like(tensors[0]) if out is None else out
 
@@ -115,10 +114,10 @@ class Linear(Solver):
                 f"step {k} of this grid runs from t = {row.t:.6g} to {row.s:.6g}, got {float(t):.6g} and {float(s):.6g}; start the "
                 "solver on the grid it runs on"
             )
-        known = [x, *past[: row.past], oracle(x, t).x0]
+        known = [x, *past[: row.past], oracle.mean(x, t)]
         x0 = known[-1]
         for time, coefficients in row.stages:
-            known.append(oracle(combine(coefficients, known), time).x0)
+            known.append(oracle.mean(combine(coefficients, known), time))
         if row.hold:
             past = (x0 if row.keep == (0.0, 1.0) else combine(row.keep, (x, x0)), *past[: row.hold - 1])
         return combine(row.final, known), (rows, k + 1, past)
@@ -137,11 +136,9 @@ def lines(variable: Variable, sde: LinearSDE, times: Tensor) -> list[tuple[float
     return list(zip(m.tolist(), p.tolist(), r.tolist(), strict=True))
 
 
-def single_rows(
-    variable: Variable, coordinate: Clock, sde: LinearSDE, times: Tensor, tableau: Tableau
-) -> tuple[Row, ...]:
+def single_rows(variable: Variable, coordinate: Clock, sde: LinearSDE, times: Tensor, tableau: Tableau) -> tuple[Row, ...]:
     """The rows of a tableau on each step: evaluation i is of x_i = m_i (x / m_t + sum_j c_ij q_j), q_j = p_j x_j + r_j x0_j."""
-    clock = coordinate if tableau.interpolates else variable.clock
+    clock = coordinate if tableau.through else variable.clock
     w = clock.at(sde, times)
     width = 1 + len(tableau.fractions)
     nodes, inner, at = [], [], []  # an evaluation each: the coordinate, the times, (m, p, r)
@@ -150,23 +147,25 @@ def single_rows(
         inner.append(clock.time(sde, w[:-1] + fraction * w.diff()) if place is None else place)
         nodes.append(clock.at(sde, inner[-1]).tolist())
         at.append(lines(variable, sde, inner[-1]))
+    inner.append(times[1:])
     ends = lines(variable, sde, times[1:])
+    parts = [segments(variable, coordinate, sde, times[:-1], end) for end in inner[1:]] if tableau.through else []
     made = []
     for k in range(len(times) - 1):
         unit = np.eye(width)
         m_t = at[0][k][0]
         states, q = [unit[0]], []
-        for i, row in enumerate(tableau.rows):
+        for i in range(len(tableau.fractions)):
             _, p, r = at[i][k]
             q.append(p * states[i] + r * unit[1 + i])
             last = i + 1 == len(tableau.fractions)
-            m, end = (ends[k][0], times[k + 1]) if last else (at[i + 1][k][0], inner[i + 1][k])
-            if tableau.interpolates:
-                c = exact(Segment.between(variable, coordinate, sde, times[k], end), [nodes[j][k] for j in row])
-                used = [q[j] for j in row]
+            m = ends[k][0] if last else at[i + 1][k][0]
+            if tableau.through:
+                used = tableau.through[i]
+                c = exact(parts[i][k], [nodes[j][k] for j in used])
             else:
-                c, used = np.array(row) * float(w[k + 1] - w[k]), q[: len(row)]
-            states.append(m / m_t * unit[0] + m * sum(cj * qj for cj, qj in zip(c, used, strict=True)))
+                used, c = range(i + 1), np.array(tableau.shares[i]) * float(w[k + 1] - w[k])
+            states.append(m / m_t * unit[0] + m * sum(cj * q[j] for cj, j in zip(c, used, strict=True)))
         stages = tuple((inner[i][k], tuple(states[i][: 1 + i].tolist())) for i in range(1, len(tableau.fractions)))
         made.append(Row(float(times[k]), float(times[k + 1]), 0, stages, tuple(states[-1].tolist()), at[0][k][1:]))
     return tuple(made)
@@ -214,6 +213,12 @@ class Multistep(Linear):
 
     def __post_init__(self) -> None:
         check_count(self.nodes, "nodes")
+        if not callable(self.weights):
+            raise TypeError(f"weights is {self.weights!r}; wanted one of scoresde.solvers: exact, bh1, bh2")
+        for name in ("corrector", "startup", "lower_final"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (name != "startup" or value is not None):
+                raise TypeError(f"{name} is {value!r}; wanted True, False{' or None' if name == 'startup' else ''}")
 
     @property
     def _full_order(self) -> int:
@@ -242,12 +247,6 @@ class Multistep(Linear):
         count, tableau = self._single_steps(steps)
         return steps + count * (len(tableau.fractions) - 1)
 
-    def _segment(self, sde: LinearSDE, times: Tensor, k: int) -> Segment:
-        if self.coordinate is None:
-            du = self.variable.clock.at(sde, times[k : k + 2]).diff()
-            return Segment.counted(k, float(du))
-        return Segment.between(self.variable, self.coordinate, sde, times[k], times[k + 1])
-
     def rows(self, sde: LinearSDE, times: Tensor) -> tuple[Row, ...]:
         """The single steps of the start, then one evaluation a step."""
         n = len(times) - 1
@@ -257,24 +256,22 @@ class Multistep(Linear):
             made += single_rows(self.variable, self.coordinate or self.variable.clock, sde, times[: count + 1], tableau)
         w = list(range(n + 1)) if self.coordinate is None else self.coordinate.at(sde, times).tolist()
         at = lines(self.variable, sde, times)
-        before: tuple[Segment, Array] | None = None  # the last step's, when the corrector may redo it
+        parts = segments(self.variable, self.coordinate, sde, times[:-1], times[1:])
+        before: Array | None = None  # the last step's weights, when the corrector may redo it
         for k in range(count, n):
             used = min(self.nodes, k + 1, n - k if self.lower_final else n)
             (m_t, p, r), m_s = at[k], at[k + 1][0]
-            segment = self._segment(sde, times, k)
-            c = self.weights(segment, [w[k - j] for j in range(used)])
-            q = np.zeros(max(used, 1 + len(before[1]) if before else 0))  # coefficients of q_k, q_{k-1}, ... in y_s
+            c = self.weights(parts[k], [w[k - j] for j in range(used)])
+            q = np.zeros(max(used, 0 if before is None else 1 + len(before)))  # coefficients of q_k, q_{k-1}, ... in y_s
             q[:used] += c
             if before is not None:  # y_t + (corrected - predicted increment of the last step)
-                earlier, predicted = before
-                nodes = [w[k - 1], w[k], *(w[k - 1 - j] for j in range(1, len(predicted)))]
-                again = self.weights(earlier, nodes)
+                again = self.weights(parts[k - 1], [w[k - 1], w[k], *(w[k - 1 - j] for j in range(1, len(before)))])
                 q[0] += again[1]
-                q[1 : 1 + len(predicted)] += np.delete(again, 1) - predicted
+                q[1 : 1 + len(before)] += np.delete(again, 1) - before
             q *= m_s
             final = (m_s / m_t + q[0] * p, *q[1:].tolist(), q[0] * r)
             made.append(Row(float(times[k]), float(times[k + 1]), len(q) - 1, (), final, (p, r)))
-            before = (segment, c) if self.corrector else None
+            before = c if self.corrector else None
         hold = 0
         for k in range(n - 1, -1, -1):
             made[k] = replace(made[k], hold=hold)

@@ -6,16 +6,22 @@ Two that agree are equal: `DPMSolverPP(2, weights=exact) == AdamsBashforth(2, x0
 from __future__ import annotations
 
 from ..checks import check_count
-from ..grid import karras, logsnr, quadratic, rectified
-from ..variables import Clock, Variable, eps, lam, t, velocity, x0
+from ..grid import Grid, karras, logsnr, quadratic, rectified, uniform
+from ..variables import Clock, Variable, eps, lam, t, time, velocity, x0
 from .base import Solver
 from .exponential import CLASSIC, MIDPOINT, THIRDS, TRAPEZOID, Multistep, SingleStep
 from .stochastic import NoisyDDIM
-from .weights import Weights, bh2, exact
+from .weights import Weights, bh2
 
 __all__ = [
     "DDIM", "DEIS", "IPNDM", "RK4", "AdamsBashforth", "AdamsMoulton", "DPMSolver", "DPMSolverPP", "Euler", "Heun", "UniPC",
 ]  # fmt: skip
+
+
+def _check_variable(variable: Variable) -> Variable:
+    if not isinstance(variable, Variable):
+        raise TypeError(f"variable is {variable!r}; wanted one of scoresde.variables: eps, x0, velocity, time")
+    return variable
 
 
 def _check_order(order: int, low: int, high: int) -> int:
@@ -26,11 +32,15 @@ def _check_order(order: int, low: int, high: int) -> int:
 
 def _suffix(**settings: object) -> str:
     """The settings that are not the default, as the caller wrote them."""
-    return "".join(f", {k}={getattr(v, '__name__', v)}" for k, v in settings.items() if v not in (None, False))
+    return "".join(f", {k}={getattr(v, '__name__', v)}" for k, v in settings.items() if v is not None)
+
+
+def _one_step_grid(variable: Variable) -> Grid:
+    return uniform if variable == time else karras
 
 
 def _in(variable: Variable) -> str:
-    return "" if variable is eps else f"variable={variable}"
+    return "" if variable == eps else f"variable={variable}"
 
 
 def Euler(variable: Variable = eps) -> Multistep:
@@ -38,7 +48,9 @@ def Euler(variable: Variable = eps) -> Multistep:
 
     Karras et al. 2022 (NeurIPS), algorithm 1 without its second half; Song et al. 2021 (ICLR), eq. 13 discretised, in time.
     """
-    return Multistep(variable, variable.coordinate, 1, name=f"Euler({_in(variable)})", recommended=karras)
+    return Multistep(
+        _check_variable(variable), variable.coordinate, 1, name=f"Euler({_in(variable)})", recommended=_one_step_grid(variable)
+    )
 
 
 def DDIM(eta: float = 0.0) -> Solver:
@@ -55,12 +67,16 @@ def Heun(variable: Variable = eps) -> SingleStep:
 
     In eps, with the mean at the last time, this is Karras et al. 2022 (NeurIPS), algorithm 1.
     """
-    return SingleStep(variable, variable.clock, TRAPEZOID, name=f"Heun({_in(variable)})", recommended=karras)
+    return SingleStep(
+        _check_variable(variable), variable.clock, TRAPEZOID, name=f"Heun({_in(variable)})", recommended=_one_step_grid(variable)
+    )
 
 
 def RK4(variable: Variable = eps) -> SingleStep:
     """The classical Runge-Kutta method of dy/du = q. Order 4, four evaluations a step. Kutta 1901."""
-    return SingleStep(variable, variable.clock, CLASSIC, name=f"RK4({_in(variable)})", recommended=karras)
+    return SingleStep(
+        _check_variable(variable), variable.clock, CLASSIC, name=f"RK4({_in(variable)})", recommended=_one_step_grid(variable)
+    )
 
 
 def DPMSolver(order: int = 3) -> SingleStep | Multistep:
@@ -82,15 +98,15 @@ def DPMSolverPP(
 ) -> SingleStep | Multistep:
     """DPM-Solver++: x_s = (sigma_s / sigma_t) x + sigma_s int e^u D(u) du, D the polynomial in lam through x0 at the last `order` nodes.
 
-    weights: `bh2` is the published 2M, whose slope is taken at the middle of the step; `exact` integrates it; order 3 is exact either
-    way (two public versions halve its second difference). singlestep: x0 at 0, 1/2 or 0, 1/3, 2/3 of the step instead, `order`
+    weights: `bh2` is the published 2M, whose slope is taken at the middle of the step; `exact` integrates it. Three nodes are exact
+    either way (two public versions halve the second difference). singlestep: x0 at 0, 1/2 or 0, 1/3, 2/3 of the step instead, `order`
     evaluations. startup, lower_final: see `Multistep`. Lu et al. 2022 (DPM-Solver++), algorithms 1, 2, eq. 8, 17.
     """
     if singlestep:
         return _single(x0, order, f"DPMSolverPP(order={order}, singlestep=True)")
-    tail = _suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final)
+    tail = _suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final or None)
     name = f"DPMSolverPP(order={_check_order(order, 1, 3)}{tail})"
-    return Multistep(x0, lam, order, weights if order == 2 else exact, startup=startup, lower_final=lower_final, name=name)
+    return Multistep(x0, lam, order, weights, startup=startup, lower_final=lower_final, name=name)
 
 
 def UniPC(
@@ -101,8 +117,10 @@ def UniPC(
     weights: `bh1`, `bh2` or `exact`; they differ where two nodes are used. variable: x0, or eps. startup, lower_final: see `Multistep`.
     Zhao et al. 2023 (NeurIPS), algorithms 1, 2, 5, 6.
     """
-    tail = _suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final)
-    tail += "" if variable is x0 else f", {_in(variable) or 'variable=eps'}"
+    if _check_variable(variable) not in (x0, eps):
+        raise ValueError(f"variable is {variable}; wanted x0 or eps, which UniPC is written in: AdamsMoulton takes any")
+    tail = _suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final or None)
+    tail += "" if variable == x0 else f", {_in(variable) or 'variable=eps'}"
     return Multistep(
         variable, lam, _check_order(order, 1, 4), weights, corrector=True, startup=startup, lower_final=lower_final,
         name=f"UniPC(order={order}{tail})",
@@ -115,10 +133,12 @@ def DEIS(order: int = 3, coordinate: Clock = t, startup: bool | None = None, low
     coordinate: of the polynomial: `t` is tAB-DEIS, `rho` rhoAB, `lam` that in log rho. Zhang & Chen 2023 (ICLR), eq. 14-15, 17.
     """
     _check_order(order, 0, 3)
-    name = f"DEIS(order={order}, coordinate={coordinate.name}{_suffix(startup=startup, lower_final=lower_final)})"
+    if not isinstance(coordinate, Clock):
+        raise TypeError(f"coordinate is {coordinate!r}; wanted a Clock of scoresde.variables: t, rho, lam")
+    name = f"DEIS(order={order}, coordinate={coordinate}{_suffix(startup=startup, lower_final=lower_final or None)})"
     return Multistep(
         eps, coordinate, order + 1, startup=startup, lower_final=lower_final, name=name,
-        recommended=quadratic if coordinate is t else logsnr,
+        recommended=quadratic if coordinate == t else logsnr,
     )  # fmt: skip
 
 
@@ -146,20 +166,21 @@ def AdamsMoulton(
     order: int = 3, variable: Variable = velocity, coordinate: Clock | None = None, startup: bool | None = None,
     lower_final: bool = False,
 ) -> Multistep:  # fmt: skip
-    """Variable-step Adams-Moulton, PEC: `AdamsBashforth(order - 1)` predicts, one more node corrects. Order `order` (2 to 5).
+    """Variable-step Adams-Moulton, PEC: `AdamsBashforth(order - 1)` predicts, one more node corrects. Order `order` (2 to 4).
 
     One evaluation a step, kept after the correction, as in UniPC: `UniPC(p, exact) == AdamsMoulton(p + 1, x0)`. Hairer, Norsett & Wanner
     1993, III.5.
     """
-    return _adams("AdamsMoulton", _check_order(order, 2, 5), 1, variable, coordinate, startup, lower_final)
+    return _adams("AdamsMoulton", _check_order(order, 2, 4), 1, variable, coordinate, startup, lower_final)
 
 
 def _adams(
     name: str, order: int, corrector: int, variable: Variable, coordinate: Clock | None, startup: bool | None, lower_final: bool
 ) -> Multistep:
-    if not isinstance(variable, Variable):
-        raise TypeError(f"variable is {variable!r}; wanted one of scoresde.variables: eps, x0, velocity, time")
-    tail = _suffix(coordinate=None if coordinate is None else coordinate.name, startup=startup, lower_final=lower_final)
+    _check_variable(variable)
+    if variable == time and coordinate not in (None, t):
+        raise ValueError(f"coordinate is {coordinate!r}; the variable time is interpolated in t alone: leave it out")
+    tail = _suffix(coordinate=coordinate, startup=startup, lower_final=lower_final or None)
     return Multistep(
         variable, coordinate or variable.coordinate, order - corrector, corrector=bool(corrector), startup=startup,
         lower_final=lower_final, name=f"{name}(order={order}, variable={variable}{tail})",

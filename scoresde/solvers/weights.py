@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..linear import LinearSDE
 from ..variables import Clock, Variable
 
-__all__ = ["Segment", "Weights", "bh1", "bh2", "exact"]
+__all__ = ["Segment", "bh1", "bh2", "exact", "segments"]
 
 Array = NDArray[np.float64]
 
@@ -32,27 +32,28 @@ class Segment:
     du: Array
     slope: float
 
-    @classmethod
-    def between(cls, variable: Variable, coordinate: Clock, sde: LinearSDE, t: torch.Tensor, s: torch.Tensor) -> Segment:
-        """The step from time t to s.
 
-        In the variable's own clock the integrand is a polynomial; else lam is the variable of integration, in which every integrand
-        is smooth. Either way no difference of nearly equal numbers is taken, however small the step.
-        """
-        ends = torch.stack([t, s])
-        start, end = coordinate.at(sde, ends).tolist()
-        if coordinate is variable.clock:
-            h = end - start
-            return cls(start, end, start + (_POINTS + 0.5) * h, _MASS * h, 1.0)
-        a, b = (sde.logsnr(ends) / 2).tolist()
-        inner = torch.from_numpy(a + (_POINTS + 0.5) * (b - a))
-        rate = variable.clock.rate(torch.cat([inner, ends.new_tensor([b])])).numpy()
-        return cls(start, end, coordinate.along(sde, inner).numpy(), rate[:-1] * _MASS * (b - a), float(rate[-1]))
+def segments(variable: Variable, coordinate: Clock | None, sde: LinearSDE, t: torch.Tensor, s: torch.Tensor) -> list[Segment]:
+    """The steps from times t to times s, `[n]` each; coordinate None counts steps, u taken to be linear in each.
 
-    @classmethod
-    def counted(cls, k: int, du: float) -> Segment:
-        """Step k with its number as the coordinate, in which u is taken to be linear."""
-        return cls(k, k + 1, k + _POINTS + 0.5, _MASS * du, du)
+    In the variable's own clock the integrand is a polynomial; else lam is the variable of integration, in which every integrand is
+    smooth. Either way no difference of nearly equal numbers is taken, however small the step.
+    """
+    n = len(t)
+    if coordinate is None:
+        u = (variable.clock.at(sde, s) - variable.clock.at(sde, t)).numpy()
+        return [Segment(k, k + 1, k + _POINTS + 0.5, _MASS * u[k], u[k]) for k in range(n)]
+    start, end = coordinate.at(sde, t).numpy(), coordinate.at(sde, s).numpy()
+    if coordinate == variable.clock:
+        h = (end - start)[:, None]
+        points, du, slope = start[:, None] + (_POINTS + 0.5) * h, _MASS * h, np.ones(n)
+    else:
+        a, b = (sde.logsnr(v).numpy() / 2 for v in (t, s))
+        inner = torch.from_numpy(a[:, None] + (_POINTS + 0.5) * (b - a)[:, None])
+        points = coordinate.along(sde, inner).numpy()
+        du = variable.clock.rate(inner).numpy() * _MASS * (b - a)[:, None]
+        slope = variable.clock.rate(torch.from_numpy(b)).numpy()
+    return [Segment(*row) for row in zip(start.tolist(), end.tolist(), points, du, slope.tolist(), strict=True)]
 
 
 Weights = Callable[[Segment, Sequence[float]], Array]
@@ -60,10 +61,12 @@ Weights = Callable[[Segment, Sequence[float]], Array]
 
 def exact(segment: Segment, nodes: Sequence[float]) -> Array:
     """c_j = int L_j(w) du: the polynomial through the nodes, integrated exactly."""
-    c = np.empty(len(nodes))
-    for j, w in enumerate(nodes):
-        others = np.array([v for i, v in enumerate(nodes) if i != j])
-        c[j] = np.prod((segment.points[:, None] - others) / (w - others), axis=1) @ segment.du
+    w = np.array(nodes)
+    distance = segment.points - w[:, None]
+    c = np.empty(len(w))
+    for j in range(len(w)):
+        others = np.delete(np.arange(len(w)), j)
+        c[j] = segment.du @ distance[others].prod(axis=0) / np.prod(w[j] - w[others])
     return c
 
 

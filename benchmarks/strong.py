@@ -1,0 +1,414 @@
+"""Strong error on exact problems: how far a solver's samples end from the exact flow's, beside every deterministic solver of the peers.
+
+The same x_T (the prior's) for all; the truth is the exact flow to t_min and the mean D there, which all rows compute in the limit; error:
+root mean square over rows and numbers. Every evaluation counts, the last mean included. Settings are chosen on seed set A and reported
+on seed set B. Cells: 3 problems x 3 SDEs x 9 budgets.
+
+python benchmarks/strong.py              compute what results/strong.json lacks, then print the summary
+    --ours PATTERN | --peers-only        only our settings whose name matches the regular expression; only the peers'
+    --fresh                              compute the chosen settings again
+    --report                             only print; --rules PATTERN restricts the search of rules; --verbose prints every cell
+    --quick                              VP at NFE 6, 10, 20, nothing saved
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+import problems
+import torch
+from torch import Tensor
+
+import scoresde
+from scoresde import grid, solvers, variables
+from scoresde.noise import seeded
+from scoresde.solvers import bh1, exact
+
+D = torch.float64
+BUDGETS = (5, 6, 8, 10, 12, 15, 20, 35, 50)
+SEEDS = {"A": range(problems.ROWS), "B": range(10_000, 10_000 + problems.ROWS)}
+OUT = Path(__file__).parent / "results" / "strong.json"
+OURS = "scoresde"
+TRUTH = solvers.TorchDiffEq("dopri8", rtol=1e-10, atol=1e-10, max_nfe=100_000)
+TIGHTER = solvers.TorchDiffEq("dopri8", rtol=1e-12, atol=1e-12, max_nfe=100_000)
+
+
+# --- ours ---------------------------------------------------------------------------------------------------------------------
+GRIDS: dict[str, Any] = {
+    "karras rho=7": grid.karras,
+    "karras rho=3": functools.partial(grid.karras, rho=3.0),
+    "logsnr": grid.logsnr,
+    "uniform": grid.uniform,
+    "quadratic": grid.quadratic,
+    "rectified": grid.rectified,
+    "cosine": grid.cosine,
+}
+
+
+def our_solvers() -> list[solvers.Solver]:
+    """Every deterministic fixed-step solver in every variant worth a row; equal ones once."""
+    eps, x0, velocity, clock = variables.eps, variables.x0, variables.velocity, variables.time
+    found: list[solvers.Solver] = [solvers.DDIM(), solvers.Euler(clock)]
+    for v in (eps, x0, velocity, clock):
+        found += [solvers.Heun(v), solvers.RK4(v)]
+    found += [solvers.DPMSolver(2), solvers.DPMSolver(3), solvers.IPNDM(2), solvers.IPNDM(3), solvers.IPNDM(4)]
+    starts = (None, False, True)
+    for order in (2, 3):
+        found += [solvers.DPMSolverPP(order, startup=s) for s in starts]
+        found += [solvers.DPMSolverPP(order, lower_final=True), solvers.DPMSolverPP(order, True)]
+    found.append(solvers.DPMSolverPP(2, weights=exact))
+    for order in (1, 2, 3, 4):
+        found += [solvers.UniPC(order, weights=w, variable=v) for w in (solvers.bh2, bh1, exact) for v in (x0, eps)]
+        found += [solvers.UniPC(order, startup=s) for s in starts] + [solvers.UniPC(order, lower_final=True)] * (order > 1)
+    for order, on in itertools.product((1, 2, 3), (variables.t, variables.rho, variables.lam)):
+        found += [solvers.DEIS(order, on, startup=s) for s in starts]
+    for order in (2, 3, 4):
+        found += [solvers.AdamsBashforth(order, velocity, startup=s) for s in starts]
+        found += [solvers.AdamsBashforth(order, velocity, lower_final=True), solvers.AdamsBashforth(order, clock)]
+        found += [solvers.AdamsBashforth(order, velocity, on) for on in (variables.lam, variables.t)]
+        found.append(solvers.AdamsBashforth(order, x0))
+    for order in (2, 3, 4, 5):
+        found += [solvers.AdamsMoulton(order, v, startup=s) for v in (velocity, eps) for s in starts]
+        found += [solvers.AdamsMoulton(order, velocity, lower_final=True), solvers.AdamsMoulton(order, eps, variables.t)]
+        found += [solvers.AdamsMoulton(order, velocity, on) for on in (variables.lam, variables.t)]
+        found.append(solvers.AdamsMoulton(order, clock))
+    same = lambda s: s.startup is not None and s.nodes < 3  # no start-up to speak of
+    kept = [s for s in found if not isinstance(s, solvers.Multistep) or not same(s)]
+    return list({s: s for s in reversed(kept)}.values())[::-1]
+
+
+def title(solver: solvers.Solver) -> str:
+    """Its repr, startup=False said."""
+    name = repr(solver)
+    return name if getattr(solver, "startup", None) is not False or "startup" in name else f"{name[:-1]}, startup=False)"
+
+
+def our_settings() -> list[peers.Setting]:
+    """Our solvers on our grids, with a run that goes through `scoresde.sample`."""
+
+    def run(solver: solvers.Solver, rule: Any, ask: peers.Ask, x: Tensor) -> Tensor:
+        found = scoresde.sample(ask.denoiser, x.shape, solver, nfe=ask.nfe, grid=rule, x=x, throw=False)
+        ask.used = found.nfe
+        return found.x
+
+    return [
+        peers.Setting(OURS, title(solver), label, functools.partial(run, solver, rule))
+        for solver in our_solvers()
+        for label, rule in GRIDS.items()
+    ]
+
+
+# --- one cell -----------------------------------------------------------------------------------------------------------------
+def prior(sde: scoresde.LinearSDE) -> Tensor:
+    """x_T of seed set A, then of B."""
+    width = problems.PIXELS + problems.TOY + problems.IMAGE // problems.FOLD
+    draws = [seeded(s).initial((problems.ROWS, width), D, torch.device("cpu")) for s in SEEDS.values()]
+    return sde.prior_std() * torch.cat(draws)
+
+
+def truth(product: problems.Product, x: Tensor, check: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Where the exact flow and the mean end, by problem; and (check) how far a tighter solve, or the solver on the Gaussian, ends."""
+    ends, found = {}, {}
+    for name, part in problems.split(x).items():
+        law = getattr(product, name)
+        last = torch.tensor(law.sde.t_min, dtype=D)
+        flow = lambda solver, law=law, part=part: scoresde.sample(law, part.shape, solver, x=part, denoise=False).x
+        end = law.flow(part) if name == "image" else flow(TRUTH)
+        ends[name] = law(end, last)
+        if check:
+            found[name] = rms(law(flow(TIGHTER), last) - ends[name])
+    return ends, found
+
+
+def rms(x: Tensor) -> float:
+    """Root mean square."""
+    return float(x.square().mean().sqrt())
+
+
+def errors(end: Tensor, ends: dict[str, Tensor]) -> dict[str, list[float | None]]:
+    """By seed set: the error on each problem, None where not finite."""
+    out: dict[str, list[float | None]] = {"A": [], "B": []}
+    for name, part in problems.split(end).items():
+        for key, half in zip(out, (part - ends[name]).tensor_split(2), strict=True):
+            e = rms(half)
+            out[key].append(float(f"{e:.4g}") if math.isfinite(e) else None)
+    return out
+
+
+def measure(setting: peers.Setting, product: problems.Product, nfe: int, x: Tensor, ends: dict[str, Tensor]) -> dict[str, Any]:
+    """One setting at one budget: errors on A and B by problem, evaluations used; a note in place of them where it raised."""
+    ask = peers.Ask(product, nfe)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            end = setting.run(ask, x)
+    except Exception as error:  # a peer may raise anything; it is recorded
+        return {"note": f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"}
+    return {**errors(end, ends), "used": ask.used}
+
+
+# --- the table ----------------------------------------------------------------------------------------------------------------
+Table = dict[
+    str, dict[str, dict[str, Any]]
+]  # setting -> SDE -> {"A": [nfe][problem], "B": ..., "used": [nfe], "notes": {nfe: text}}
+
+
+def fill(table: Table, settings: Sequence[peers.Setting], sdes: Sequence[str], budgets: Sequence[int], save: Callable[[], None],
+         checks: dict[str, Any]) -> None:  # fmt: skip
+    """Compute what the table lacks."""
+    for sde_name in sdes:
+        todo = [s for s in settings if sde_name not in table.get(s.name, {})]
+        if not todo:
+            continue
+        product = problems.Product(problems.SDES[sde_name]())
+        x = prior(product.sde)
+        began = time.perf_counter()
+        ends, check = truth(product, x, sde_name not in checks)
+        if check:
+            checks[sde_name] = {k: float(f"{v:.2g}") for k, v in check.items()}
+            print(f"{sde_name}: truth against a solve at 1e-12 (image: the closed form against it): {checks[sde_name]}", flush=True)
+        print(f"{sde_name}: truth {time.perf_counter() - began:.0f} s, {len(todo)} settings to do", flush=True)
+        began = saved = time.perf_counter()
+        for i, setting in enumerate(todo):
+            cells = [measure(setting, product, nfe, x, ends) for nfe in budgets]
+            empty = [None] * len(problems.PROBLEMS)
+            row: dict[str, Any] = {key: [c.get(key, empty) for c in cells] for key in SEEDS}
+            row["used"] = [c.get("used") for c in cells]
+            if notes := {str(n): c["note"] for n, c in zip(budgets, cells, strict=True) if "note" in c}:
+                row["notes"] = notes
+            table.setdefault(setting.name, {})[sde_name] = row
+            now = time.perf_counter()
+            if now - saved > 60:
+                save()
+                saved = now
+                print(f"  {i + 1}/{len(todo)}, {now - began:.0f} s", flush=True)
+        save()
+        print(f"{sde_name}: {time.perf_counter() - began:.0f} s for {len(todo)} settings", flush=True)
+
+
+class Errors:
+    """The table as arrays [setting, SDE, nfe, problem], inf where a setting has no number."""
+
+    def __init__(self, table: Table, sdes: Sequence[str], budgets: Sequence[int]) -> None:
+        self.names = [n for n, row in table.items() if all(s in row for s in sdes)]
+        self.sdes, self.budgets, self.problems = list(sdes), list(budgets), list(problems.PROBLEMS)
+        self.A, self.B = (np.array([[table[n][s][key] for s in sdes] for n in self.names], dtype=float) for key in SEEDS)
+        for e in (self.A, self.B):
+            e[~np.isfinite(e)] = np.inf
+        self.ours = np.array([n.startswith(OURS) for n in self.names], dtype=bool)
+        self.where = {n: i for i, n in enumerate(self.names)}
+
+    def best(self, among: Any) -> tuple[Any, Any]:
+        """(the setting of least error on A by cell, its error on B)."""
+        pick = np.where(among[:, None, None, None], self.A, np.inf).argmin(0)
+        return pick, np.take_along_axis(self.B, pick[None], 0)[0]
+
+    def over(self, errors: Any, floor: Any) -> Any:
+        """Ratios [setting, nfe, 9] to the best of each cell."""
+        return np.moveaxis(errors / floor, 2, 1).reshape(len(errors), len(self.budgets), -1)
+
+
+def geometric(ratios: Any, axis: Any = None) -> Any:
+    """Geometric mean; inf where any is."""
+    with np.errstate(divide="ignore"):
+        return np.exp(np.log(ratios).mean(axis))
+
+
+Rule = list[tuple[int, str]]  # (largest NFE of the band, setting), bands upward
+
+
+def apply(rule: Rule, nfe: int) -> str:
+    """The setting of a rule at a budget."""
+    return next(name for top, name in rule if nfe <= top)
+
+
+def find_rule(ratios: Any, names: Sequence[str], budgets: Sequence[int], bands: int, slack: float = 1.0) -> Rule:
+    """The rule of `bands` bands whose worst ratio is least and, within slack of that worst, whose geometric mean is.
+
+    ratios [setting, nfe, cells]: of seed set A. Every place of the edges is tried; a band's setting is the best for it.
+    """
+    n = len(budgets)
+    logs, worsts = np.log(ratios).mean(2), ratios.max(2)
+    spans = {(i, j): (logs[:, i:j].sum(1), worsts[:, i:j].max(1)) for i in range(n) for j in range(i + 1, n + 1)}
+    cuts = [(0, *c, n) for c in itertools.combinations(range(1, n), bands - 1)]
+    limit = slack * min(max(spans[s][1].min() for s in itertools.pairwise(c)) for c in cuts)
+    best: tuple[float, Rule] | None = None
+    for c in cuts:
+        total, rule = 0.0, []
+        for i, j in itertools.pairwise(c):
+            mean, worst = spans[i, j]
+            k = int(np.where(worst <= limit, mean, np.inf).argmin())
+            total += mean[k] if worst[k] <= limit else np.inf
+            rule.append((budgets[j - 1] if j < n else 10**9, names[k]))
+        if best is None or total < best[0]:
+            best = total, rule
+    return best[1]
+
+
+# --- the summary --------------------------------------------------------------------------------------------------------------
+def lines(e: Errors, rules: dict[str, Rule], pattern: str, verbose: bool) -> Iterator[str]:
+    """The readable summary."""
+    every = np.ones(len(e.names), dtype=bool)
+    yield f"{int(e.ours.sum())} settings of ours, {int((~e.ours).sum())} of peers; errors of seed set B, settings chosen on A"
+    bad = [f"{n}" for n, a in zip(e.names, e.A, strict=True) if not np.isfinite(a).any()]
+    some = [n for n, a in zip(e.names, e.A, strict=True) if not np.isfinite(a).all() and np.isfinite(a).any()]
+    yield f"never finite: {', '.join(bad) or 'none'}; without a number in some cells: {len(some)} settings"
+    heads = [f"{p[:6]} {s}" for s in e.sdes for p in e.problems]
+    if (~e.ours).any():
+        pick, peer = e.best(~e.ours)
+        yield "\nbest peer"
+        yield from grid_of(peer, e, heads, "{:.2e}")
+        if verbose:
+            for k, i, j in np.ndindex(pick.shape):
+                yield f"  {e.sdes[k]} NFE {e.budgets[i]} {e.problems[j]}: {e.names[pick[k, i, j]]} {peer[k, i, j]:.3e}"
+    if e.ours.any() and (~e.ours).any():
+        mine, own = e.best(e.ours)
+        ratio = own / peer
+        yield "\nours / best peer"
+        yield from grid_of(ratio, e, heads, "{:.3f}")
+        flat = ratio.ravel()
+        yield (
+            f"cells {flat.size}: at most 1.02 in {100 * (flat <= 1.02).mean():.1f} %, worst {flat.max():.3f}, "
+            f"geometric mean {geometric(flat):.3f}"
+        )
+        for k, i, j in zip(*np.nonzero(ratio > 1.02), strict=True):
+            yield (
+                f"  {ratio[k, i, j]:.3f} {e.sdes[k]} NFE {e.budgets[i]} {e.problems[j]}: {e.names[mine[k, i, j]]} ({own[k, i, j]:.3e})"
+                f" after {e.names[pick[k, i, j]]} ({peer[k, i, j]:.3e})"
+            )
+        if verbose:
+            for k, i, j in np.ndindex(ratio.shape):
+                yield f"  {e.sdes[k]} NFE {e.budgets[i]} {e.problems[j]}: {e.names[mine[k, i, j]]} {own[k, i, j]:.3e}"
+    top_a, top_b = np.take_along_axis(e.A, e.best(every)[0][None], 0)[0], e.best(every)[1]
+    on_a, on_b = e.over(e.A, top_a), e.over(e.B, top_b)
+    for title, who in (("peers'", ~e.ours), ("our", e.ours)):
+        if not who.any():
+            continue
+        yield f"\n{title} best single setting by NFE (geometric mean on A), its ratio to the cell's best on B: geometric mean, worst"
+        for i, nfe in enumerate(e.budgets):
+            k = int(np.where(who, geometric(on_a[:, i], 1), np.inf).argmin())
+            w = int(np.where(who, on_a[:, i].max(1), np.inf).argmin())
+            yield (
+                f"  NFE {nfe:3d}  {geometric(on_b[k, i]):.2f} {on_b[k, i].max():6.2f}  {e.names[k]:55s}"
+                f"  least worst: {geometric(on_b[w, i]):.2f} {on_b[w, i].max():.2f} {e.names[w]}"
+            )
+    rules = dict(rules)
+    allowed = [i for i, n in enumerate(e.names) if e.ours[i] and re.search(pattern, n)]
+    named = [e.names[i] for i in allowed]
+    for bands, slack in itertools.product((1, 2, 3, 4), (1.0, 1.5)):
+        if allowed and bands <= len(e.budgets):
+            rules[f"found, {bands} bands, slack {slack}"] = find_rule(on_a[allowed], named, e.budgets, bands, slack)
+    peer_names = [i for i in range(len(e.names)) if not e.ours[i]]
+    if peer_names and len(e.budgets) > 2:
+        rules["found among peers, 3 bands"] = find_rule(on_a[peer_names], [e.names[i] for i in peer_names], e.budgets, 3, 1.5)
+    for title, rule in rules.items():
+        if any(name not in e.where for _, name in rule):
+            yield f"\nrule {title}: not in the table: {[n for _, n in rule if n not in e.where]}"
+            continue
+        got = np.stack([on_b[e.where[apply(rule, nfe)], i] for i, nfe in enumerate(e.budgets)])
+        yield f"\nrule {title}: geometric mean {geometric(got):.3f}, worst {got.max():.2f}"
+        yield "  " + "; ".join(f"to {top if top < 10**9 else 'any'}: {name}" for top, name in rule)
+        yield "  by NFE: " + ", ".join(f"{n}: {geometric(g):.2f} ({g.max():.2f})" for n, g in zip(e.budgets, got, strict=True))
+
+
+def grid_of(values: Any, e: Errors, heads: Sequence[str], form: str) -> Iterator[str]:
+    """A table of NFE by (SDE, problem)."""
+    yield "  NFE  " + " ".join(f"{h:>10s}" for h in heads)
+    for i, nfe in enumerate(e.budgets):
+        yield f"  {nfe:3d}  " + " ".join(
+            f"{form.format(values[k, i, j]):>10s}" for k, j in np.ndindex(len(e.sdes), len(e.problems))
+        )
+
+
+# The rules under test, by name: what `solver=None` of scoresde.sample does, where it is such a rule.
+RULES: dict[str, Rule] = {
+    "2M everywhere": [(10**9, "scoresde DPMSolverPP(order=2) | logsnr")],
+    "UniPC-3 everywhere": [(10**9, "scoresde UniPC(order=3) | logsnr")],
+}
+
+
+# --- the program --------------------------------------------------------------------------------------------------------------
+def machine() -> dict[str, Any]:
+    """What the numbers were made on."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in text if line.startswith("model name")]
+    return {
+        "machine": f"{names[0] if names else platform.processor()}, {platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "scoresde": scoresde.__version__,
+            **{n: version(n) for n in ("torch", "numpy", "scikit-learn", "diffusers", "azula", "k-diffusion")},
+        },
+    }
+
+
+def write(path: Path, head: dict[str, Any], table: Table) -> None:
+    """One line a setting; replaced whole, so that an interrupted run leaves the last good file."""
+    pack = lambda value: json.dumps(value, separators=(",", ":"), allow_nan=False)
+    body = ",\n".join(f"{json.dumps(name)}:{pack(row)}" for name, row in table.items())
+    opening = json.dumps(head, indent=1, allow_nan=False)
+    new = path.with_suffix(".new")
+    new.write_text(f'{opening[:-2]},\n "rows": {{\n{body}\n}}}}\n')
+    os.replace(new, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ours", metavar="PATTERN")
+    parser.add_argument("--peers-only", action="store_true")
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--rules", metavar="PATTERN", default="")
+    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sdes, budgets = (["VP"], (6, 10, 20)) if args.quick else (list(problems.SDES), BUDGETS)
+    head: dict[str, Any] = {
+        **machine(), "unit": "root mean square error, [nfe][problem] for each SDE and seed set", "nfe": list(budgets),
+        "problems": list(problems.PROBLEMS), "sdes": {n: repr(k()) for n, k in problems.SDES.items()}, "ridge": problems.RIDGE,
+        "rows": problems.ROWS, "image rows": problems.ROWS // problems.FOLD, "seeds": {k: [s.start, s.stop] for k, s in SEEDS.items()},
+        "reference": repr(TRUTH), "reference check": {}, "fast denoisers against scoresde's": float(f"{problems.check():.1g}"),
+    }  # fmt: skip
+    head["rows a seed set"] = head.pop("rows")
+    table: Table = {}
+    if args.out.exists() and not args.quick:
+        stored = json.loads(args.out.read_text())
+        table = stored.pop("rows")
+        fixed = ("nfe", "problems", "sdes", "ridge", "rows a seed set", "image rows", "seeds")
+        if changed := [k for k in fixed if stored[k] != head[k]]:
+            raise SystemExit(f"{args.out} was made with other {', '.join(changed)}: delete it to start anew")
+        head["reference check"] = stored["reference check"]
+        if args.report:
+            head = stored
+    if not args.report:
+        settings = [] if args.ours else peers.every()
+        if not args.peers_only:
+            settings += [s for s in our_settings() if re.search(args.ours or "", s.name)]
+        if args.fresh:
+            for s in settings:
+                table.pop(s.name, None)
+        save = (lambda: None) if args.quick else functools.partial(write, args.out, head, table)
+        fill(table, settings, sdes, budgets, save, head["reference check"])
+    for line in lines(Errors(table, sdes, budgets), RULES, args.rules, args.verbose):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
