@@ -84,8 +84,9 @@ def every_solver() -> list[solvers.Solver]:
     return made
 
 
-FLOWS = [s for s in every_solver() if not s.stochastic and not s.adaptive]
-STOCHASTIC = [s for s in every_solver() if s.stochastic]
+SOLVERS = every_solver()
+FLOWS = [s for s in SOLVERS if not s.stochastic and not s.adaptive]
+STOCHASTIC = [s for s in SOLVERS if s.stochastic]
 
 
 def label(solver: object) -> str:
