@@ -1,4 +1,4 @@
-"""Write the table of measured orders in docs/solvers.md: `python docs/orders.py`. The measurements are those of tests/laws.py."""
+"""Write the tables of measured orders and errors in docs/solvers.md: `python docs/orders.py`. Measured with the code of tests/laws.py."""
 
 import re
 import sys
@@ -9,12 +9,11 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 import laws  # noqa: E402
 import torch  # noqa: E402
 
-MARK = re.compile(r"(<!-- orders -->\n).*(<!-- /orders -->)", re.DOTALL)
+BUDGETS = (10, 20, 40, 80, 160)
 
 
-def table() -> str:
-    """A Markdown table: stated order, evaluations of ten steps, slope of the last doubling in x and in log p, errors at 384 steps."""
-    torch.set_num_threads(1)
+def orders() -> str:
+    """Stated order, evaluations of ten steps, slope of the last doubling in x and in log p, errors at 384 steps."""
     sdes = laws.every_sde()
     lines = [
         "| solver | SDE | stated order | evaluations of 10 steps | slope in x | error in x, 384 steps | slope in log p | error in log p |",
@@ -26,9 +25,25 @@ def table() -> str:
             where = "all (invariant)" if solver.invariant else name
             stated = f"| `{solver!r}` | {where} | {solver.order} | {solver.evaluations(10)} "
             lines.append(f"{stated}| {sx[-1]:.2f} | {ex[-1]:.1e} | {sl[-1]:.2f} | {el[-1]:.1e} |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def full() -> str:
+    """RMS error in x over the whole of [t_min, t_max] under VP, on the recommended grid, at budgets of evaluations."""
+    sde = laws.every_sde()["VP"]
+    heads = " | ".join(f"{n}" for n in BUDGETS)
+    lines = [f"| solver | grid | {heads} |", "|---" * (2 + len(BUDGETS)) + "|"]
+    for solver in laws.FLOWS:
+        cells = " | ".join(f"{e:.1e}" if e is not None else "–" for e in laws.full_range(solver, sde, BUDGETS))
+        lines.append(f"| `{solver!r}` | {solver.grid.__name__} | {cells} |")
+        print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     page = HERE / "solvers.md"
-    page.write_text(MARK.sub(lambda m: m[1] + table() + "\n" + m[2], page.read_text()))
+    for name, made in (("orders", orders()), ("full range", full())):
+        parts = re.split(rf"(<!-- {name} -->\n|<!-- /{name} -->)", page.read_text())
+        page.write_text("".join([*parts[:2], made, "\n", *parts[3:]]))

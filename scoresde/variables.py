@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,13 @@ class _Time(Variable):
         p, r = _backwards(from_score(sde.alpha(t), sde.sigma(t)))
         half = sde.diffusion(t) ** 2 / 2
         return sde.drift_coefficient(t) - half * p, -half * r
+
+
+def check_variable(value: Any) -> Variable:
+    """Return a Variable; raise a TypeError that says where they are otherwise."""
+    if not isinstance(value, Variable):
+        raise TypeError(f"variable is {value!r}; wanted one of scoresde.variables: eps, x0, velocity, time")
+    return value
 
 
 eps, x0, velocity, time = _Eps(rho, rho), _X0(snr, lam), _Velocity(tau, tau), _Time(t, t)

@@ -14,7 +14,7 @@ from scoresde import sde as sdes
 from scoresde import solvers, variables
 from scoresde.exact import Gaussian, Mixture
 from scoresde.noise import Noise
-from scoresde.sample import solve
+from scoresde.sample import solve, steps_within
 
 D = torch.float64
 STEPS = (48, 96, 192, 384)
@@ -134,6 +134,22 @@ def order_in_log_p(solver: solvers.Solver, sde: sdes.LinearSDE, samples: int = 6
         )
         errors.append(float((found.value - truth).square().mean().sqrt()))
     return errors, [math.log2(a / b) for a, b in pairwise(errors)]
+
+
+def full_range(solver: solvers.Solver, sde: sdes.LinearSDE, budgets: tuple[int, ...], samples: int = 64) -> list[float | None]:
+    """RMS distance to the flow from t_max to t_min, on the grid the solver recommends, within each budget of evaluations."""
+    denoiser = mixture(sde)
+    ends = torch.tensor([sde.t_max, sde.t_min], dtype=D)
+    x = denoiser.sample(samples, ends[0], seeds=range(samples))
+    truth = run(denoiser, TIGHT, x, ends)
+    errors: list[float | None] = []
+    for nfe in budgets:
+        if solver.evaluations(1) > nfe:
+            errors.append(None)
+            continue
+        times = solver.grid(sde, steps_within(solver, nfe))
+        errors.append(float((run(denoiser, solver, x, times) - truth).square().mean().sqrt()))
+    return errors
 
 
 class Impulses(Noise):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..checks import check_count
 from ..grid import Grid, logsnr
 from ..linear import LinearSDE
 from ..oracle import Oracle
-from ..variables import Clock, Variable
+from ..variables import Clock, Variable, check_variable
 from ..variables import t as time_clock
 from .base import Solver
 from .weights import Array, Weights, exact, segments
@@ -81,6 +81,13 @@ class Linear(Solver):
     name: str = field(default="", compare=False, kw_only=True)
     recommended: Grid = field(default=logsnr, compare=False, kw_only=True)
 
+    def __post_init__(self) -> None:
+        check_variable(self.variable)
+        if self.coordinate is not None and not isinstance(self.coordinate, Clock):
+            raise TypeError(f"coordinate is {self.coordinate!r}; wanted a Clock of scoresde.variables: lam, rho, snr, tau, t")
+        if self.variable.clock == time_clock and self.coordinate not in (None, time_clock):
+            raise ValueError(f"coordinate is {self.coordinate!r}; the variable {self.variable!r} is interpolated in t alone")
+
     @property
     def grid(self) -> Grid:
         """The grid it recommends."""
@@ -92,7 +99,10 @@ class Linear(Solver):
         return time_clock not in (self.coordinate, self.variable.clock)
 
     def __repr__(self) -> str:
-        return self.name or super().__repr__()
+        if self.name:
+            return self.name
+        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.compare]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @abstractmethod
     def rows(self, sde: LinearSDE, times: Tensor) -> tuple[Row, ...]:
@@ -212,7 +222,11 @@ class Multistep(Linear):
     lower_final: bool = False
 
     def __post_init__(self) -> None:
-        check_count(self.nodes, "nodes")
+        super().__post_init__()
+        if check_count(self.nodes, "nodes") + self.corrector > 5:
+            raise ValueError(
+                f"nodes is {self.nodes}{' and a corrector' * self.corrector}; wanted 5 in all: no start-up is of higher order"
+            )
         if not callable(self.weights):
             raise TypeError(f"weights is {self.weights!r}; wanted one of scoresde.solvers: exact, bh1, bh2")
         for name in ("corrector", "startup", "lower_final"):

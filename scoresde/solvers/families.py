@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..checks import check_count
 from ..grid import Grid, karras, logsnr, quadratic, rectified, uniform
-from ..variables import Clock, Variable, eps, lam, t, time, velocity, x0
+from ..variables import Clock, Variable, check_variable, eps, lam, t, time, velocity, x0
 from .base import Solver
 from .exponential import CLASSIC, MIDPOINT, THIRDS, TRAPEZOID, Multistep, SingleStep
 from .stochastic import NoisyDDIM
@@ -16,12 +16,6 @@ from .weights import Weights, bh2
 __all__ = [
     "DDIM", "DEIS", "IPNDM", "RK4", "AdamsBashforth", "AdamsMoulton", "DPMSolver", "DPMSolverPP", "Euler", "Heun", "UniPC",
 ]  # fmt: skip
-
-
-def _check_variable(variable: Variable) -> Variable:
-    if not isinstance(variable, Variable):
-        raise TypeError(f"variable is {variable!r}; wanted one of scoresde.variables: eps, x0, velocity, time")
-    return variable
 
 
 def _check_order(order: int, low: int, high: int) -> int:
@@ -49,7 +43,7 @@ def Euler(variable: Variable = eps) -> Multistep:
     Karras et al. 2022 (NeurIPS), algorithm 1 without its second half; Song et al. 2021 (ICLR), eq. 13 discretised, in time.
     """
     return Multistep(
-        _check_variable(variable), variable.coordinate, 1, name=f"Euler({_in(variable)})", recommended=_one_step_grid(variable)
+        check_variable(variable), variable.coordinate, 1, name=f"Euler({_in(variable)})", recommended=_one_step_grid(variable)
     )
 
 
@@ -68,14 +62,14 @@ def Heun(variable: Variable = eps) -> SingleStep:
     In eps, with the mean at the last time, this is Karras et al. 2022 (NeurIPS), algorithm 1.
     """
     return SingleStep(
-        _check_variable(variable), variable.clock, TRAPEZOID, name=f"Heun({_in(variable)})", recommended=_one_step_grid(variable)
+        check_variable(variable), variable.clock, TRAPEZOID, name=f"Heun({_in(variable)})", recommended=_one_step_grid(variable)
     )
 
 
 def RK4(variable: Variable = eps) -> SingleStep:
     """The classical Runge-Kutta method of dy/du = q. Order 4, four evaluations a step. Kutta 1901."""
     return SingleStep(
-        _check_variable(variable), variable.clock, CLASSIC, name=f"RK4({_in(variable)})", recommended=_one_step_grid(variable)
+        check_variable(variable), variable.clock, CLASSIC, name=f"RK4({_in(variable)})", recommended=_one_step_grid(variable)
     )
 
 
@@ -117,7 +111,7 @@ def UniPC(
     weights: `bh1`, `bh2` or `exact`; they differ where two nodes are used. variable: x0, or eps. startup, lower_final: see `Multistep`.
     Zhao et al. 2023 (NeurIPS), algorithms 1, 2, 5, 6.
     """
-    if _check_variable(variable) not in (x0, eps):
+    if check_variable(variable) not in (x0, eps):
         raise ValueError(f"variable is {variable}; wanted x0 or eps, which UniPC is written in: AdamsMoulton takes any")
     tail = _suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final or None)
     tail += "" if variable == x0 else f", {_in(variable) or 'variable=eps'}"
@@ -133,8 +127,6 @@ def DEIS(order: int = 3, coordinate: Clock = t, startup: bool | None = None, low
     coordinate: of the polynomial: `t` is tAB-DEIS, `rho` rhoAB, `lam` that in log rho. Zhang & Chen 2023 (ICLR), eq. 14-15, 17.
     """
     _check_order(order, 0, 3)
-    if not isinstance(coordinate, Clock):
-        raise TypeError(f"coordinate is {coordinate!r}; wanted a Clock of scoresde.variables: t, rho, lam")
     name = f"DEIS(order={order}, coordinate={coordinate}{_suffix(startup=startup, lower_final=lower_final or None)})"
     return Multistep(
         eps, coordinate, order + 1, startup=startup, lower_final=lower_final, name=name,
@@ -177,12 +169,10 @@ def AdamsMoulton(
 def _adams(
     name: str, order: int, corrector: int, variable: Variable, coordinate: Clock | None, startup: bool | None, lower_final: bool
 ) -> Multistep:
-    _check_variable(variable)
-    if variable == time and coordinate not in (None, t):
-        raise ValueError(f"coordinate is {coordinate!r}; the variable time is interpolated in t alone: leave it out")
+    check_variable(variable)
     tail = _suffix(coordinate=coordinate, startup=startup, lower_final=lower_final or None)
     return Multistep(
         variable, coordinate or variable.coordinate, order - corrector, corrector=bool(corrector), startup=startup,
         lower_final=lower_final, name=f"{name}(order={order}, variable={variable}{tail})",
-        recommended=rectified if variable is velocity else logsnr,
+        recommended=rectified if variable == velocity else logsnr,
     )  # fmt: skip
