@@ -158,12 +158,12 @@ def AdamsMoulton(
     order: int = 3, variable: Variable = velocity, coordinate: Clock | None = None, startup: bool | None = None,
     lower_final: bool = False,
 ) -> Multistep:  # fmt: skip
-    """Variable-step Adams-Moulton, PEC: `AdamsBashforth(order - 1)` predicts, one more node corrects. Order `order` (2 to 4).
+    """Variable-step Adams-Moulton, PEC: `AdamsBashforth(order - 1)` predicts, one more node corrects. Order `order` (2 to 5).
 
     One evaluation a step, kept after the correction, as in UniPC: `UniPC(p, exact) == AdamsMoulton(p + 1, x0)`. Hairer, Norsett & Wanner
     1993, III.5.
     """
-    return _adams("AdamsMoulton", _check_order(order, 2, 4), 1, variable, coordinate, startup, lower_final)
+    return _adams("AdamsMoulton", _check_order(order, 2, 5), 1, variable, coordinate, startup, lower_final)
 
 
 def _adams(
