@@ -132,9 +132,7 @@ class Oracle:
         denoisers = [m for m in self.denoiser.modules() if isinstance(m, Denoiser)]
         for m in denoisers:
             m.recorders.append(self.record)
-        if denoisers == [
-            self.denoiser
-        ]:  # it owns the network: every evaluation is one pass, and a hook would cost more than the count
+        if len(denoisers) == 1:  # it owns the network: an evaluation is one pass, and a hook would cost more than the count
             self._passes = 1
             return self
         for m in denoisers:

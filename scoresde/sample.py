@@ -185,7 +185,7 @@ def solve(
                 last = finish(oracle, last, times[-1])
                 oracle.watch(last)
             status = oracle.check(times)
-        parts.append((last[:kept], oracle.nfe[:kept], status[:kept]))
+        parts.append((last, oracle.nfe, status) if kept == size else (last[:kept], oracle.nfe[:kept], status[:kept]))
         for name, amount in oracle.ledger.items():
             ledger[name] = ledger.get(name, 0.0) + amount * kept / max(1, rows)
     xs, nfe, status = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))

@@ -1,10 +1,11 @@
 """In which letters the probability flow is integrated: dy/du = q, y = x / m, for a variable q; and the clocks to interpolate q in.
 
-With lam = logsnr / 2 and rho = sigma / alpha = e^-lam, three choices make the linear part of the flow exact:
+With lam = logsnr / 2 and rho = sigma / alpha = e^-lam, these choices make the linear part of the flow exact:
 
 eps:      d(x / alpha) = eps d(rho)
 x0:       d(x / sigma) = x0 d(1 / rho)
 velocity: d(x / (alpha + sigma)) = (eps - x0) d(tau), tau = sigma / (alpha + sigma)
+v:        d(x / m) = (v / m) d(atan rho), m^2 = alpha^2 + sigma^2; `V(sigma_data)` for data of another deviation
 
 and `time` is the flow as it stands, dx = (f x - g^2/2 score) dt. Lu et al. 2022 (DPM-Solver, eq. 3.4; DPM-Solver++, eq. 8), Zhang & Chen
 2023 (DEIS, eq. 10), Liu et al. 2023 (rectified flow) in one form.
@@ -13,16 +14,17 @@ and `time` is the flow as it stands, dx = (f x - g^2/2 score) dt. Lu et al. 2022
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import check_number
 from .linear import LinearSDE
 from .parameterizations import from_eps, from_score, from_velocity, from_x0
 
-__all__ = ["Clock", "Variable", "eps", "lam", "rho", "snr", "t", "tau", "time", "velocity", "x0"]
+__all__ = ["Angle", "Clock", "V", "Variable", "eps", "lam", "rho", "snr", "t", "tau", "time", "v", "velocity", "x0"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,26 @@ class _Tau(Clock):
 
     def rate(self, lam: Tensor) -> Tensor:
         return -torch.sigmoid(lam) * torch.sigmoid(-lam)
+
+
+@dataclass(frozen=True)
+class Angle(Clock):
+    """atan(rho / sigma_data)."""
+
+    sigma_data: float = 1.0
+
+    def of_lam(self, lam: Tensor) -> Tensor:
+        """atan(e^-lam / sigma_data)."""
+        return torch.atan(torch.exp(-lam) / self.sigma_data)
+
+    def to_lam(self, w: Tensor) -> Tensor:
+        """-log(sigma_data tan w)."""
+        return -torch.log(self.sigma_data * torch.tan(w))
+
+    def rate(self, lam: Tensor) -> Tensor:
+        """-r / (1 + r^2), r = e^-lam / sigma_data."""
+        r = torch.exp(-lam) / self.sigma_data
+        return -r / (1 + r**2)
 
 
 class _T(_Lam):
@@ -180,6 +202,37 @@ class _Time(Variable):
         return sde.drift_coefficient(t) - half * p, -half * r
 
 
+@dataclass(frozen=True, repr=False)
+class V(Variable):
+    """d(x / m) = q d(angle), m^2 = (alpha sigma_data)^2 + sigma^2, q = cos(angle) eps - sin(angle) x0 / sigma_data: EDM's network output.
+
+    q vanishes for Gaussian data of deviation sigma_data, whose flow every solver here then follows exactly. With sigma_data = 1 it is
+    v (Salimans & Ho 2022, ICLR, eq. 11, over m) for any schedule.
+    """
+
+    clock: Clock = field(init=False)
+    coordinate: Clock = field(init=False)
+    sigma_data: float = 1.0
+
+    def __post_init__(self) -> None:
+        angle = Angle(check_number(self.sigma_data, "sigma_data", 0.0, open_low=True))
+        object.__setattr__(self, "clock", angle)
+        object.__setattr__(self, "coordinate", angle)
+
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Deviation of x when the data are N(0, sigma_data^2)."""
+        return ((alpha * self.sigma_data) ** 2 + sigma**2).sqrt()
+
+    def read(self, sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
+        """q = (alpha sd / (m sigma)) x - (m / (sigma sd)) x0."""
+        alpha, sigma, sd = sde.alpha(t), sde.sigma(t), self.sigma_data
+        m = self.scale(alpha, sigma)
+        return alpha * sd / (m * sigma), -m / (sigma * sd)
+
+    def __repr__(self) -> str:
+        return "v" if self == v else f"V({self.sigma_data})"
+
+
 def check_variable(value: Any) -> Variable:
     """Return a Variable; raise a TypeError that says where they are otherwise."""
     if not isinstance(value, Variable):
@@ -188,3 +241,4 @@ def check_variable(value: Any) -> Variable:
 
 
 eps, x0, velocity, time = _Eps(rho, rho), _X0(snr, lam), _Velocity(tau, tau), _Time(t, t)
+v = V()

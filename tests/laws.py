@@ -41,10 +41,12 @@ VARIANTS = {
     "AdamsBashforth": [
         dict(order=2, variable=variables.velocity), dict(order=3, variable=variables.velocity), dict(order=4, variable=variables.velocity),
         dict(order=3, variable=variables.eps), dict(order=4, variable=variables.x0), dict(order=3, variable=variables.time),
+        dict(order=2, variable=variables.v),
         dict(order=3, variable=variables.velocity, startup=False), dict(order=4, variable=variables.eps, lower_final=True),
     ],
     "AdamsMoulton": [
         dict(order=2, variable=variables.velocity), dict(order=3, variable=variables.eps), dict(order=4, variable=variables.velocity),
+        dict(order=3, variable=variables.V(0.5)),
     ],
     "Ancestral": [dict(upper=0.0), dict(upper=1.0)],
     "DDIM": [dict(eta=0.0), dict(eta=1.0), dict(eta=0.5)],

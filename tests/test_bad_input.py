@@ -248,6 +248,8 @@ CASES = [
     ("AdamsMoulton order 1", lambda: s.AdamsMoulton(1), V, r"order is 1; wanted an integer of at least 2"),
     ("Euler variable", lambda: s.Euler("eps"), F, r"variable is 'eps'; wanted one of scoresde.variables"),
     ("startup a word", lambda: s.AdamsBashforth(3, startup="yes"), F, r"startup is 'yes'; wanted True, False or None"),
+    ("V 0", lambda: s.variables.V(0.0), V, r"sigma_data is 0.0; wanted a finite number in \(0, inf\)"),
+    ("V a word", lambda: s.variables.V("0.5"), F, r"sigma_data is str; wanted a number"),
     ("nodes 6", lambda: s.solvers.Multistep(s.variables.eps, s.variables.rho, 6), V, r"nodes is 6; wanted 5 in all"),
     ("Multistep variable", lambda: s.solvers.Multistep("eps", s.variables.rho, 2), F, r"variable is 'eps'; wanted one of scoresde.variables"),
     ("SingleStep coordinate", lambda: s.solvers.SingleStep(s.variables.eps, "rho", None), F, r"coordinate is 'rho'; wanted a Clock"),

@@ -28,7 +28,7 @@ ARROWS = {
     "denoiser": {"linear", "checks", "parameterizations"},
     "exact": {"denoiser", "linear", "noise", "checks"},
     "grid": {"linear", "checks"},
-    "variables": {"linear", "parameterizations"},
+    "variables": {"linear", "parameterizations", "checks"},
     "guidance": {"denoiser", "checks"},
     "oracle": {"denoiser", "linear", "noise", "parameterizations", "checks"},
     "solvers": {"oracle", "variables", "grid", "denoiser", "linear", "noise", "checks"},

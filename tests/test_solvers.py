@@ -75,21 +75,25 @@ def test_bh_differs_from_exact_on_two_nodes_alone():
         assert c.sum() == pytest.approx(-math.expm1(-h), rel=1e-12)
 
 
-@pytest.mark.parametrize("clock", ["lam", "rho", "snr", "tau", "t"])
-def test_clocks_invert_and_their_rates_are_derivatives(clock):
-    w, lam = getattr(variables, clock), torch.linspace(-4, 4, 33, dtype=D)
+CLOCKS = [variables.lam, variables.rho, variables.snr, variables.tau, variables.t, variables.Angle(), variables.Angle(0.5)]
+
+
+@pytest.mark.parametrize("w", CLOCKS, ids=repr)
+def test_clocks_invert_and_their_rates_are_derivatives(w):
+    lam = torch.linspace(-4, 4, 33, dtype=D)
     assert (w.to_lam(w.of_lam(lam)) - lam).abs().max() < 1e-12
-    assert repr(w) == clock
     for sde in SDES.values():
         t = sde.time(torch.linspace(-6, 6, 9, dtype=D))
         assert (w.time(sde, w.at(sde, t)) / t - 1).abs().max() < 1e-9
         assert (w.along(sde, sde.logsnr(t) / 2) / w.at(sde, t) - 1).abs().nan_to_num().max() < 1e-9
-    if clock != "t":
+    if w != variables.t:
         h = 1e-6
         assert ((w.of_lam(lam + h) - w.of_lam(lam - h)) / (2 * h) / w.rate(lam) - 1).abs().max() < 1e-7
 
 
-@pytest.mark.parametrize("variable", [variables.eps, variables.x0, variables.velocity, variables.time], ids=repr)
+@pytest.mark.parametrize(
+    "variable", [variables.eps, variables.x0, variables.velocity, variables.v, variables.V(0.4), variables.time], ids=repr
+)
 @pytest.mark.parametrize("name", SIX)
 def test_variables_say_how_the_flow_moves(variable, name):
     """d(x / m)/dt = q du/dt with q = p x + r x0, against the library's own dx/dt."""
@@ -102,7 +106,12 @@ def test_variables_say_how_the_flow_moves(variable, name):
     p, r = variable.read(sde, t)
     q = p * x + r * d(x, t)
     assert (scoresde.flow(d, x, t) / scale - x * m / scale**2 - q * u).abs().max() < 1e-9 * u.abs()
-    if variable != variables.time:
+    if variable == variables.v:
+        assert (q - d.predict(x, t).v / scale).abs().max() < 1e-12
+    elif isinstance(variable, variables.V):
+        wiener = scoresde.Gaussian(sde, torch.zeros(2, dtype=D), 0.4)
+        assert (p * x + r * wiener(x, t)).abs().max() < 1e-12  # data of that deviation: nothing moves
+    elif variable != variables.time:
         assert (q - getattr(d.predict(x, t), repr(variable))).abs().max() < 1e-12
 
 
@@ -139,8 +148,8 @@ def test_solvers_are_values(solver):
     assert twin == solver
     assert hash(twin) == hash(solver)
     assert twin.grid == solver.grid
-    names = {**vars(scoresde), **vars(solvers), **{k: getattr(variables, k) for k in variables.__all__ if k != "t"}}
-    assert eval(repr(solver).replace("coordinate=t)", "coordinate=variables.t)"), names) == solver  # noqa: S307
+    names = {**vars(scoresde), **vars(solvers), **{k: getattr(variables, k) for k in variables.__all__ if k not in ("t", "v")}}
+    assert eval(repr(solver).replace("coordinate=t)", "coordinate=variables.t)").replace("=v)", "=variables.v)"), names) == solver  # noqa: S307
 
 
 @pytest.mark.parametrize("solver", [s for s in FLOWS if not s.adaptive], ids=label)
