@@ -15,7 +15,9 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
+from itertools import pairwise, product
 from pathlib import Path
 
 import azula.denoise
@@ -27,10 +29,10 @@ from noise import processor
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peers.kdiffusion import load  # noqa: E402
+from peers.kdiffusion import load
 
-import scoresde as s  # noqa: E402
-from scoresde import variables as v  # noqa: E402
+import scoresde as s
+from scoresde import variables as v
 
 STEPS = 20
 SDE = s.EDM()
@@ -40,6 +42,7 @@ class Half(s.Denoiser):
     """x0 = x / 2."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Half."""
         return x * 0.5
 
 
@@ -62,7 +65,7 @@ def edm(heun: bool) -> Run:
     sigmas = s.grid.karras(SDE, STEPS)
 
     def run(x: Tensor) -> Tensor:
-        for a, b in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for a, b in pairwise(sigmas):
             d = (x - x * 0.5) / a
             y = x + (b - a) * d
             if heun:
@@ -101,6 +104,7 @@ class AzulaHalf(azula.denoise.Denoiser):
         self.schedule = azula.noise.VESchedule(0.002, 80.0)
 
     def forward(self, x_t: Tensor, t: Tensor, **_: object) -> azula.denoise.DiracPosterior:
+        """Half."""
         return azula.denoise.DiracPosterior(mean=x_t * 0.5)
 
 
@@ -115,19 +119,31 @@ def karras_hf(kind: str, **options: object) -> Callable[[], object]:
 
 def contests() -> dict[str, tuple[s.Solver, dict[str, Run]]]:
     """Name -> (our solver, the peers that have it)."""
-    order = dict(solver_order=3)
-    return {
-        "Heun": (s.Heun(), {"k-diffusion": k_diffusion("heun"), "edm": edm(True), "diffusers": hf(karras_hf("HeunDiscreteScheduler")), "azula": az("HeunSampler")}),
-        "Euler / DDIM": (s.DDIM(), {"k-diffusion": k_diffusion("euler"), "edm": edm(False), "diffusers": hf(diffusers.DDIMScheduler), "azula": az("DDIMSampler")}),
-        "DPM++ 2M": (s.DPMSolverPP(2), {"k-diffusion": k_diffusion("dpmpp_2m"), "diffusers": hf(karras_hf("DPMSolverMultistepScheduler"))}),
-        "DPM++ 3M": (s.DPMSolverPP(3, startup=False), {"diffusers": hf(karras_hf("DPMSolverMultistepScheduler", **order)), "azula": az("xEABSampler", order=3)}),
-        "UniPC 3": (s.UniPC(3, startup=False), {"diffusers": hf(karras_hf("UniPCMultistepScheduler", **order))}),
-        "DEIS 3": (s.DEIS(2, v.lam, startup=False), {"diffusers": hf(karras_hf("DEISMultistepScheduler", **order)), "azula": az("zEABSampler", order=3)}),
+    multistep = "DPMSolverMultistepScheduler"
+    table: dict[str, tuple[s.Solver, dict[str, Run]]] = {
+        "Heun": (s.Heun(), {"k-diffusion": k_diffusion("heun"), "edm": edm(True), "azula": az("HeunSampler")}),
+        "Euler / DDIM": (s.DDIM(), {"k-diffusion": k_diffusion("euler"), "azula": az("DDIMSampler")}),
+        "DPM++ 2M": (s.DPMSolverPP(2), {"k-diffusion": k_diffusion("dpmpp_2m"), "diffusers": hf(karras_hf(multistep))}),
+        "DPM++ 3M": (s.DPMSolverPP(3, startup=False), {"azula": az("xEABSampler", order=3)}),
+        "UniPC 3": (s.UniPC(3, startup=False), {}),
+        "DEIS 3": (s.DEIS(2, v.lam, startup=False), {"azula": az("zEABSampler", order=3)}),
         "iPNDM 4": (s.IPNDM(4), {"diffusers": hf(diffusers.IPNDMScheduler)}),
-        "AB 4 in eps (lms)": (s.AdamsBashforth(4, v.eps, startup=False), {"k-diffusion": k_diffusion("lms"), "azula": az("zABSampler", order=4)}),
+        "AB 4 in eps": (
+            s.AdamsBashforth(4, v.eps, startup=False),
+            {"k-diffusion": k_diffusion("lms"), "azula": az("zABSampler", order=4)},
+        ),
         "AB 3 in velocity": (s.AdamsBashforth(3, startup=False), {"azula": az("vABSampler", order=3)}),
-        "midpoint (dpm_2)": (s.DPMSolver(2), {"k-diffusion": k_diffusion("dpm_2")}),
-    }  # fmt: skip
+        "midpoint": (s.DPMSolver(2), {"k-diffusion": k_diffusion("dpm_2")}),
+    }
+    for name, kind, options in (
+        ("Heun", "HeunDiscreteScheduler", {}),
+        ("DPM++ 3M", multistep, {"solver_order": 3}),
+        ("UniPC 3", "UniPCMultistepScheduler", {"solver_order": 3}),
+        ("DEIS 3", "DEISMultistepScheduler", {"solver_order": 3}),
+    ):
+        table[name][1]["diffusers"] = hf(karras_hf(kind, **options))
+    table["Euler / DDIM"][1]["diffusers"] = hf(diffusers.DDIMScheduler)
+    return table
 
 
 def evaluations(solver: s.Solver) -> int:
@@ -157,9 +173,10 @@ def trivial(shape: tuple[int, ...], repeats: int) -> list[dict[str, object]]:
                 y = x * 0.5
             return y
 
-        seconds = best({"network": network, "ours": ours(solver), **peers}, x * 80, repeats)
+        bare = {"bare loop": edm(False)} if name.startswith("Euler") else {}  # for reference: no library at all
+        seconds = best({"network": network, "ours": ours(solver), **peers, **bare}, x * 80, repeats)
         outside = {k: round((t - seconds["network"]) / n * 1e6, 1) for k, t in seconds.items() if k != "network"}
-        fastest = min((p for p in outside if p != "ours"), key=outside.__getitem__)
+        fastest = min((p for p in outside if p not in ("ours", "bare loop")), key=outside.__getitem__)
         rows.append(
             {"shape": list(shape), "solver": name, "evaluations": n, "network": round(seconds["network"] / n * 1e6, 1), **outside,
              "fastest peer": fastest, "ours / fastest peer": round(outside["ours"] / outside[fastest], 2)}
@@ -189,8 +206,10 @@ def unet(repeats: int, batch: int) -> list[dict[str, object]]:
                 found = s.sample(denoiser, shape, solver, steps=steps, x=x, generator=torch.Generator())
                 ratios.append((time.perf_counter() - middle) / (middle - start))
             assert found.nfe == n
-            rows.append({"solver": repr(solver), "NFE": found.nfe, "network, ms": round((middle - start) / n * 1e3, 1),
-                         "wall / (NFE x network)": round(sorted(ratios)[len(ratios) // 2], 4), "all": [round(r, 4) for r in ratios]})  # fmt: skip
+            row = {"solver": repr(solver), "NFE": found.nfe, "network, ms": round((middle - start) / n * 1e3, 1)}
+            rows.append(
+                {**row, "wall / (NFE x network)": round(sorted(ratios)[len(ratios) // 2], 4), "all": [round(r, 4) for r in ratios]}
+            )
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -198,23 +217,13 @@ def unet(repeats: int, batch: int) -> list[dict[str, object]]:
 def seeded(repeats: int) -> list[dict[str, object]]:
     """(c): a solve from seeds beside one from a generator: the initial noise, and a draw a step."""
     rows = []
-    for shape in ((64, 64), (256, 3, 32, 32)):
-        for solver in (s.DDIM(), s.Ancestral()):
-            denoiser, times = Half(SDE), s.grid.karras(SDE, STEPS)
-
-            def run(_: Tensor, *, seeds: range | None, shape=shape, solver=solver, denoiser=denoiser, times=times) -> Tensor:
-                generator = None if seeds else torch.Generator().manual_seed(0)
-                return s.sample(denoiser, shape, solver, times=times, seeds=seeds, generator=generator).x
-
-            seconds = best(
-                {"seeds": lambda x: run(x, seeds=range(shape[0])), "generator": lambda x: run(x, seeds=None)},
-                torch.zeros(1),
-                repeats,
-            )
-            rows.append(
-                {"shape": list(shape), "solver": repr(solver), **{k: round(t / STEPS * 1e6, 1) for k, t in seconds.items()}}
-            )
-            print(json.dumps(rows[-1]), flush=True)
+    denoiser, times, generator = Half(SDE), s.grid.karras(SDE, STEPS), torch.Generator()
+    for shape, solver in product(((64, 64), (256, 3, 32, 32)), (s.DDIM(), s.Ancestral())):
+        solve = partial(s.sample, denoiser, shape, solver, times=times)
+        runs = {"seeds": lambda x, f=solve: f(seeds=range(len(x))).x, "generator": lambda x, f=solve: f(generator=generator).x}
+        seconds = best(runs, torch.zeros(shape), repeats)
+        rows.append({"shape": list(shape), "solver": repr(solver), **{k: round(t / STEPS * 1e6, 1) for k, t in seconds.items()}})
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 

@@ -85,11 +85,14 @@ def karras(sde: LinearSDE, n: int, rho: float = 7.0) -> Tensor:
     return _snap(sde.time(-2 * rho * (a + _fractions(n) * (b - a)).log()), sde)
 
 
-def rectified(sde: LinearSDE, n: int) -> Tensor:
-    """Uniform in tau = sigma / (alpha + sigma), the time of rectified flow. Liu et al. 2023 (ICLR)."""
-    a, b = (-_ends(sde) / 2).sigmoid()
-    tau = a + _fractions(n) * (b - a)
-    return _snap(sde.time(-2 * tau.logit()), sde)
+def rectified(sde: LinearSDE, n: int, power: float = 1.0) -> Tensor:
+    """Uniform in tau^(1 / power), tau = sigma / (alpha + sigma), the time of rectified flow (power 1). Liu et al. 2023 (ICLR).
+
+    A larger power is finer near the data, as Karras' rho is in sigma / alpha. `functools.partial(rectified, power=1.5)` for another.
+    """
+    check_number(power, "power", 0.0, open_low=True)
+    a, b = (-_ends(sde) / 2).sigmoid() ** (1 / power)
+    return _snap(sde.time(-2 * ((a + _fractions(n) * (b - a)) ** power).logit()), sde)
 
 
 def cosine(sde: LinearSDE, n: int) -> Tensor:

@@ -209,41 +209,43 @@ class Multistep(Linear):
     """Adams methods: q is extrapolated through its last `nodes` values, one evaluation a step. y_s = y_t + sum_j c_j q_j.
 
     variable: (m, u, q), see `scoresde.variables`; coordinate: the clock of the polynomial (None: the number of the step, whose weights
-    are those of a uniform grid); weights: `exact`, `bh1`, `bh2`; corrector: x_t is made again through the evaluation at t, one node
-    more, before it is stepped from (PEC: predict, evaluate, correct; the evaluation is kept, the last state stays uncorrected);
-    startup: the first steps are single steps of the order the past cannot give yet (None: from three nodes and NFE 20 on; False:
-    orders 1, 2, ... , which caps the global order at 2, with a corrector at 3); lower_final: no more nodes than steps left.
+    are those of a uniform grid); weights: `exact`, `bh1`, `bh2`; corrector: 0, or the nodes, the new one counted, through which x_t is
+    made again once q is evaluated there, before it is stepped from (PEC: predict, evaluate, correct; the evaluation is kept, the last
+    state stays uncorrected); startup: the first steps are single steps of the order the past cannot give yet (None: where the past is
+    longer than one, from NFE 20 on; False: orders 1, 2, ..., which caps the global order at 2, with a corrector at 3); lower_final: no
+    more nodes than steps left.
     """
 
     nodes: int
     weights: Weights = exact
-    corrector: bool = False
+    corrector: int = 0
     startup: bool | None = None
     lower_final: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if check_count(self.nodes, "nodes") + self.corrector > 5:
+        check_count(self.nodes, "nodes")
+        if check_count(self.corrector, "corrector", 0) and not 2 <= self.corrector <= self.nodes + 1:
+            raise ValueError(f"corrector is {self.corrector} with nodes={self.nodes}; wanted 0, or 2 to nodes + 1")
+        if self._full_order > 5:
             raise ValueError(
-                f"nodes is {self.nodes}{' and a corrector' * self.corrector}; wanted 5 in all: no start-up is of higher order"
+                f"nodes is {self.nodes}, corrector {self.corrector}: order {self._full_order}; no start-up is beyond 5"
             )
         if not callable(self.weights):
             raise TypeError(f"weights is {self.weights!r}; wanted one of scoresde.solvers: exact, bh1, bh2")
-        for name in ("corrector", "startup", "lower_final"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and (name != "startup" or value is not None):
-                raise TypeError(f"{name} is {value!r}; wanted True, False{' or None' if name == 'startup' else ''}")
+        if self.startup not in (None, True, False) or not isinstance(self.lower_final, bool):
+            raise TypeError(f"startup is {self.startup!r}, lower_final {self.lower_final!r}; wanted True, False or (startup) None")
 
     @property
     def _full_order(self) -> int:
-        return self.nodes + self.corrector
+        return self.corrector or self.nodes
 
     @property
     def order(self) -> int:
-        """nodes, one more with a corrector, as far as coordinate, start-up and end allow."""
+        """The corrector's nodes, or else the predictor's, as far as coordinate, start-up and end allow."""
         caps = [self._full_order]
         if self.startup is False:
-            caps.append(2 + self.corrector)
+            caps.append(3 if self.corrector else 2)
         if self.lower_final or self.coordinate is None:
             caps.append(2)
         return min(caps)
@@ -251,7 +253,7 @@ class Multistep(Linear):
     def _single_steps(self, steps: int) -> tuple[int, Tableau]:
         """How many first steps are single steps, and which: their local order is that of the method, less one."""
         tableau = {2: MIDPOINT, 3: THIRDS}.get(self._full_order - 1, CLASSIC)
-        count = max(0, self.nodes - 2) if self.coordinate is not None else 0
+        count = max(0, self.corrector - 3 if self.corrector else self.nodes - 2) if self.coordinate is not None else 0
         extra = count * (len(tableau.fractions) - 1)
         wanted = self.startup if self.startup is not None else steps + extra >= 19  # and the final mean: NFE 20
         return (min(count, steps) if wanted else 0), tableau
@@ -279,9 +281,11 @@ class Multistep(Linear):
             q = np.zeros(max(used, 0 if before is None else 1 + len(before)))  # coefficients of q_k, q_{k-1}, ... in y_s
             q[:used] += c
             if before is not None:  # y_t + (corrected - predicted increment of the last step)
-                again = self.weights(parts[k - 1], [w[k - 1], w[k], *(w[k - 1 - j] for j in range(1, len(before)))])
+                old = range(1, min(len(before), self.corrector - 1))
+                again = self.weights(parts[k - 1], [w[k - 1], w[k], *(w[k - 1 - j] for j in old)])
                 q[0] += again[1]
-                q[1 : 1 + len(before)] += np.delete(again, 1) - before
+                q[1 : len(again)] += np.delete(again, 1)
+                q[1 : 1 + len(before)] -= before
             q *= m_s
             final = (m_s / m_t + q[0] * p, *q[1:].tolist(), q[0] * r)
             made.append(Row(float(times[k]), float(times[k + 1]), len(q) - 1, (), final, (p, r)))

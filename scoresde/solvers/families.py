@@ -116,7 +116,7 @@ def UniPC(
     tail = _suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final or None)
     tail += "" if variable == x0 else f", {_in(variable) or 'variable=eps'}"
     return Multistep(
-        variable, lam, _check_order(order, 1, 4), weights, corrector=True, startup=startup, lower_final=lower_final,
+        variable, lam, _check_order(order, 1, 4), weights, corrector=order + 1, startup=startup, lower_final=lower_final,
         name=f"UniPC(order={order}{tail})",
     )  # fmt: skip
 
@@ -146,33 +146,37 @@ def AdamsBashforth(
     order: int = 3, variable: Variable = velocity, coordinate: Clock | None = None, startup: bool | None = None,
     lower_final: bool = False,
 ) -> Multistep:  # fmt: skip
-    """Variable-step Adams-Bashforth: y_s = y_t + int q du, q the polynomial through its last `order` values. Order `order` (1 to 4).
+    """Variable-step Adams-Bashforth: y_s = y_t + int q du, q the polynomial through its last `order` values. Order `order` (1 to 5).
 
-    variable: eps, x0, velocity or time of `scoresde.variables`; coordinate: the clock of the polynomial, the variable's by default.
+    variable: eps, x0, velocity, v or time of `scoresde.variables`; coordinate: the clock of the polynomial, the variable's by default.
     startup, lower_final: see `Multistep`. Hairer, Norsett & Wanner 1993, III.5.
     """
-    return _adams("AdamsBashforth", _check_order(order, 1, 4), 0, variable, coordinate, startup, lower_final)
+    tail = _suffix(coordinate=coordinate, startup=startup, lower_final=lower_final or None)
+    name = f"AdamsBashforth(order={order}, variable={variable}{tail})"
+    return _adams(name, _check_order(order, 1, 5), 0, variable, coordinate, startup, lower_final)
 
 
 def AdamsMoulton(
-    order: int = 3, variable: Variable = velocity, coordinate: Clock | None = None, startup: bool | None = None,
-    lower_final: bool = False,
+    order: int = 3, variable: Variable = velocity, coordinate: Clock | None = None, predictor: int | None = None,
+    startup: bool | None = None, lower_final: bool = False,
 ) -> Multistep:  # fmt: skip
-    """Variable-step Adams-Moulton, PEC: `AdamsBashforth(order - 1)` predicts, one more node corrects. Order `order` (2 to 5).
+    """Variable-step Adams-Moulton, PEC: Adams-Bashforth through `predictor` nodes predicts, `order` nodes correct. Order 2 to 5.
 
-    One evaluation a step, kept after the correction, as in UniPC: `UniPC(p, exact) == AdamsMoulton(p + 1, x0)`. Hairer, Norsett & Wanner
-    1993, III.5.
+    One evaluation a step, kept after the correction, as in UniPC: `UniPC(p, exact) == AdamsMoulton(p + 1, x0)`. predictor: `order` - 1
+    (default) or `order`, which with x0 is SA-Solver without noise (Xue et al. 2023, NeurIPS). Hairer, Norsett & Wanner 1993, III.5.
     """
-    return _adams("AdamsMoulton", _check_order(order, 2, 5), 1, variable, coordinate, startup, lower_final)
+    _check_order(order, 2, 5)
+    if predictor not in (None, order - 1, order) or isinstance(predictor, bool):
+        raise ValueError(f"predictor is {predictor!r}; wanted {order - 1}, {order} or None: other nodes lose or waste an order")
+    tail = _suffix(coordinate=coordinate, predictor=predictor, startup=startup, lower_final=lower_final or None)
+    name = f"AdamsMoulton(order={order}, variable={variable}{tail})"
+    return _adams(name, predictor or order - 1, order, variable, coordinate, startup, lower_final)
 
 
 def _adams(
-    name: str, order: int, corrector: int, variable: Variable, coordinate: Clock | None, startup: bool | None, lower_final: bool
+    name: str, nodes: int, corrector: int, variable: Variable, coordinate: Clock | None, startup: bool | None, lower_final: bool
 ) -> Multistep:
-    check_variable(variable)
-    tail = _suffix(coordinate=coordinate, startup=startup, lower_final=lower_final or None)
     return Multistep(
-        variable, coordinate or variable.coordinate, order - corrector, corrector=bool(corrector), startup=startup,
-        lower_final=lower_final, name=f"{name}(order={order}, variable={variable}{tail})",
-        recommended=rectified if variable == velocity else logsnr,
+        check_variable(variable), coordinate or variable.coordinate, nodes, corrector=corrector, startup=startup,
+        lower_final=lower_final, name=name, recommended=rectified if variable == velocity else logsnr,
     )  # fmt: skip

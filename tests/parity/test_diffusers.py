@@ -55,8 +55,8 @@ DPMPP = {  # name: (scheduler, order, published, ours, what the scheduler does i
     "1": (Multi, 1, midpoint, partial(DPMSolverPP, 1), None),
     "2M": (Multi, 2, midpoint, partial(DPMSolverPP, 2), None),
     "2M-heun": (Taylor, 2, taylor, partial(DPMSolverPP, 2, weights=exact), None),
-    "3M": (Multi, 3, taylor, partial(DPMSolverPP, 3), partial(midpoint, d2=1.0)),
-    "3M-heun": (Taylor, 3, taylor, partial(DPMSolverPP, 3), partial(taylor, d2=1.0)),
+    "3M": (Multi, 3, midpoint, partial(DPMSolverPP, 3), partial(midpoint, d2=1.0)),
+    "3M-heun": (Taylor, 3, taylor, partial(DPMSolverPP, 3, weights=exact), partial(taylor, d2=1.0)),
 }
 
 
@@ -66,7 +66,7 @@ DPMPP = {  # name: (scheduler, order, published, ours, what the scheduler does i
 def test_dpmpp_multistep(name: str, schedule: str, problem: Problem):
     """3M: the scheduler has half the third-order term (what that costs: `test_published.test_3m_wants_the_factor_2`).
 
-    Its steps of order 2, first and last, are midpoint or exact by its solver_type; those of our 3M are exact.
+    Its steps of order 2, first and last, are midpoint or exact by its solver_type, as ours are by `weights`.
     """
     make, order, update, solver, peer_update = DPMPP[name]
     check(make, schedule, problem, order, update, solver, FLOAT32, peer_update)
