@@ -30,6 +30,8 @@ __all__ = ["Denoiser", "Preconditioned", "Wrapped", "flow", "reverse_drift"]
 class Denoiser(nn.Module, ABC):
     """(x, t) -> x0 = E[x_0 | x_t = x] under `sde`. Subclass it with a `forward`; wrappers hold the denoiser they wrap.
 
+    `forward` returns a new tensor each time: solvers keep x0 from step to step.
+
     x `[B, *shape]` float32 or float64, t () or `[B, 1, ..., 1]` in [t_min, t_max].
     """
 
@@ -47,10 +49,10 @@ class Denoiser(nn.Module, ABC):
     def predict(self, x: Tensor, t: Tensor) -> Prediction:
         """The prediction at (x, t), with the coefficients in float64 (0-dim t) or in x's dtype (per-sample t)."""
         t = check_time(t, check_state(x)).double()
-        x0, sde = self.mean(x, t), self.sde
+        x0, sde = self._mean(x, t), self.sde
         return Prediction(x, x0, lambda: cast(sde.alpha(t), x), lambda: cast(sde.sigma(t), x))
 
-    def mean(self, x: Tensor, t: Tensor) -> Tensor:
+    def _mean(self, x: Tensor, t: Tensor) -> Tensor:
         """x0 alone, of a state and a float64 time known to be good: the fast way of `predict`."""
         x0 = self(x, t)
         if not isinstance(x0, Tensor) or x0.shape != x.shape or x0.dtype != x.dtype:

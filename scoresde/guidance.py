@@ -48,7 +48,7 @@ class Thresholded(Denoiser):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x0 of the wrapped denoiser, within the bound."""
         x0 = self.denoiser(x, t)
-        if not len(x0):
+        if not x0.numel():
             return x0
         # by sorting: torch.quantile refuses more than 16 million entries
         sizes = x0.abs().flatten(1).sort(dim=1).values

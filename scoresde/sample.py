@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import solvers
 from .checks import STATE_DTYPES, check_callable, check_count, check_finite, check_rows, check_state, shape_of
 from .denoiser import Denoiser, Preconditioned, check_denoiser
 from .grid import Grid, check_times, logsnr
@@ -43,7 +44,7 @@ def _steps(oracle: Oracle, solver: Solver, x: Tensor, times: Tensor) -> Iterator
     state = solver.start(oracle.sde, times)
     shape, dtype, step, watch = x.shape, x.dtype, solver.step, oracle.watch
     yield times[0], x
-    for t, s in pairwise(times.unbind()):
+    for t, s in pairwise(times.clone().unbind()):  # its own: a denoiser may write into t
         found = step(oracle, x, t, s, state)
         if not isinstance(found, tuple) or len(found) != 2:
             raise TypeError(f"{solver!r}.step returned {shape_of(found)}; wanted (x_s, state): return x_s, None")
@@ -242,7 +243,8 @@ def sample(
 def check_solver(solver: Any) -> Solver:
     """Return a Solver; raise a TypeError that says how to make one otherwise."""
     if not isinstance(solver, Solver):
-        called = f"{solver.__name__}()" if isinstance(solver, type) else "Heun()"
+        name = getattr(solver, "__name__", "")
+        called = f"{name}()" if name in solvers.__all__ else "Heun()"
         raise TypeError(f"solver is {solver!r}; wanted a Solver, as in {called}")
     return solver
 

@@ -27,7 +27,6 @@ from .parameterizations import from_eps, from_score, from_velocity, from_x0
 __all__ = ["Angle", "Clock", "V", "Variable", "eps", "lam", "rho", "snr", "t", "tau", "time", "v", "velocity", "x0"]
 
 
-@dataclass(frozen=True)
 class Clock(ABC):
     """A strictly monotone function of lam = log(alpha / sigma), to measure steps in. Subclass it with three lines for another one."""
 
@@ -54,6 +53,12 @@ class Clock(ABC):
     def along(self, sde: LinearSDE, lam: Tensor) -> Tensor:
         """`of_lam`, for a clock that may know the schedule."""
         return self.of_lam(lam)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)  # a plain subclass may hold numbers of its own
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
     def __repr__(self) -> str:
         return type(self).__name__.strip("_").lower()
@@ -103,7 +108,7 @@ class _Tau(Clock):
         return -torch.sigmoid(lam) * torch.sigmoid(-lam)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Angle(Clock):
     """atan(rho / sigma_data)."""
 
@@ -139,7 +144,7 @@ class _T(_Lam):
 lam, rho, snr, tau, t = _Lam(), _Rho(), _Snr(), _Tau(), _T()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variable(ABC):
     """dy/du = q with y = x / m, q = p x + r x0. `clock` is u, `coordinate` the clock in which solvers interpolate q by default.
 
@@ -156,6 +161,12 @@ class Variable(ABC):
     @abstractmethod
     def read(self, sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
         """(p, r) at times t: x0 = a x + b q of `parameterizations`, read backwards."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
     def __repr__(self) -> str:
         return type(self).__name__.strip("_").lower()
@@ -202,7 +213,7 @@ class _Time(Variable):
         return sde.drift_coefficient(t) - half * p, -half * r
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class V(Variable):
     """d(x / m) = q d(angle), m^2 = (alpha sigma_data)^2 + sigma^2, q = cos(angle) eps - sin(angle) x0 / sigma_data: EDM's network output.
 

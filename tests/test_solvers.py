@@ -8,11 +8,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from laws import FLOWS, SIX, SOLVERS, D, every_sde, label, logsnr_times, mixture, run
+from laws import FLOWS, SIX, SOLVERS, D, every_sde, label, logsnr_times, mixture, order_in_x, run
 from torch.utils._pytree import tree_map
 
 import scoresde
-from scoresde import EDM, VP, grid, solvers, variables
+from scoresde import EDM, VP, Heun, grid, solvers, variables
 from scoresde.linear import derivative
 from scoresde.noise import seeded
 from scoresde.solvers.weights import bh1, bh2, exact, segments
@@ -115,11 +115,73 @@ def test_variables_say_how_the_flow_moves(variable, name):
         assert (q - getattr(d.predict(x, t), repr(variable))).abs().max() < 1e-12
 
 
+class FF:
+    """f(t) = -k (): equal to every other, unhashable."""
+
+    def __init__(self, k):
+        self.k = k
+
+    def __eq__(self, other):
+        return type(self) is type(other)
+
+    def __call__(self, t):
+        return -self.k() * torch.ones_like(t)
+
+
+class GG(FF):
+    def __call__(self, t):
+        return (2 * self.k() * torch.ones_like(t)).sqrt()
+
+
 # --- the core ------------------------------------------------------------------------------------------------------------
 def test_a_grid_met_before_is_remembered_and_an_sde_that_can_change_is_not():
-    times = grid.logsnr(VP(), 8)
-    assert scoresde.UniPC(3).start(VP(), times)[0] is scoresde.UniPC(3).start(VP(), times)[0]
-    assert scoresde.UniPC(3).start(VP(beta_max=19.0), times)[0] != scoresde.UniPC(3).start(VP(), times)[0]
+    vp, times = VP(), grid.logsnr(VP(), 8)
+    assert scoresde.UniPC(3).start(vp, times)[0] is scoresde.UniPC(3).start(vp, times)[0]
+    assert scoresde.UniPC(3).start(VP(beta_max=19.0), times)[0] != scoresde.UniPC(3).start(vp, times)[0]
+
+    class Power(variables.Clock):
+        """lam to a power: a plain subclass with a number of its own."""
+
+        def __init__(self, p):
+            self.p = p
+
+        def of_lam(self, lam):
+            return torch.exp(-self.p * lam)
+
+        def to_lam(self, w):
+            return -w.log() / self.p
+
+        def rate(self, lam):
+            return -self.p * torch.exp(-self.p * lam)
+
+    a, b = (solvers.Multistep(variables.eps, Power(p), 3) for p in (0.1, 3.0))
+    assert a != b
+    assert a == solvers.Multistep(variables.eps, Power(0.1), 3)
+    assert a.start(vp, times)[0] != b.start(vp, times)[0]
+
+    k = 1.0
+    one, four = [], []
+    for found, k in ((one, 1.0), (four, 4.0)):
+        sde = scoresde.LinearSDE.from_coefficients(FF(lambda: k), GG(lambda: k))
+        found.append(scoresde.DPMSolverPP(2).start(sde, grid.uniform(sde, 4))[0])
+    assert one != four
+
+    class Scaled(VP):
+        """Undecorated: it inherits the frozen dataclass and adds what is not compared."""
+
+        def __init__(self, c):
+            super().__init__()
+            object.__setattr__(self, "c", c)
+
+        def sigma(self, t):
+            return self.c * super().sigma(t)
+
+        def time(self, logsnr):
+            return scoresde.LinearSDE.time(self, logsnr)
+
+    rows = [scoresde.DPMSolverPP(2).start(Scaled(c), grid.uniform(vp, 4))[0] for c in (1.0, 3.0)]
+    assert Scaled(1.0) == Scaled(3.0)
+    assert rows[0] != rows[1]
 
     class Loose(scoresde.LinearSDE):
         t_min, t_max, top = 0.01, 1.0, 1.0
@@ -176,6 +238,54 @@ def test_the_corrector_starts_from_the_state_it_is_given():
             y = y + push if k == 2 else y
         ends.append(y)
     assert (ends[1] - ends[0]).abs().min() > 0.1 * moved
+
+
+def test_a_denoiser_that_writes_into_its_time_spoils_no_other_solve():
+    def rude(x, t):
+        t *= 1000
+        return x / (1 + t)
+
+    sde, x = VP(), torch.ones(2, 2, dtype=D)
+    times = grid.logsnr(sde, 4)
+    polite = scoresde.Wrapped.from_eps(lambda x, t: x / (1 + 1000 * t), sde)
+    wanted = scoresde.decode(polite, x, scoresde.DPMSolver(2), times=times).x
+    scoresde.decode(scoresde.Wrapped.from_eps(rude, sde), x, scoresde.DPMSolver(2), times=times)
+    assert torch.equal(scoresde.decode(polite, x, scoresde.DPMSolver(2), times=times).x, wanted)
+
+
+def test_rows_met_in_inference_mode_serve_a_gradient():
+    sde, w = VP(), torch.ones((), dtype=D, requires_grad=True)
+    d = scoresde.Wrapped.from_eps(lambda x, t: w * t * x, sde)
+    x = torch.ones(2, 2, dtype=D)
+    with torch.inference_mode():
+        scoresde.encode(d, x, Heun(), steps=4)
+    scoresde.log_prob(d, x.clone().requires_grad_(), Heun(), steps=4).value.sum().backward()
+    assert w.grad.isfinite()
+
+
+def test_a_mean_of_two_keeps_the_lesser_in_float32():
+    """EDM from 1e5 to 1e-3: lerp takes 1 - weight in float32, so it is given the lesser of the two weights."""
+    sde = EDM(1e-5, 1e5)
+    d = scoresde.Wrapped.from_x0(lambda x, t: torch.ones_like(x), sde)
+    ends = [
+        run(d, scoresde.DDIM(), torch.full((1, 1), 1e5, dtype=dt), torch.tensor([1e5, 1e-3], dtype=D)) for dt in (torch.float32, D)
+    ]
+    assert abs(float(ends[0]) - float(ends[1])) < 1e-7
+    assert float(ends[1]) == pytest.approx(1.001, abs=1e-6)
+
+
+def test_bh1_is_of_its_order_in_any_clock_with_a_rate():
+    for variable, clock in ((variables.eps, variables.tau), (variables.velocity, variables.rho), (variables.x0, variables.lam)):
+        solver = solvers.Multistep(variable, clock, 2, bh1)
+        slopes = order_in_x(solver, SDES["VP"], samples=8)[1]
+        assert 1.85 < slopes[-1] < 2.3
+
+
+def test_a_predictor_with_a_past_is_of_weak_order_one_around_a_corrector():
+    exact_chain = scoresde.MALA(0.5, log_prob=lambda x, s: x.sum(1))
+    assert scoresde.PredictorCorrector(scoresde.DPMSolverPP(2), exact_chain).weak_order == 1
+    assert scoresde.PredictorCorrector(Heun(), exact_chain).weak_order == 2
+    assert (scoresde.UniPC(2).past, scoresde.AdamsBashforth(3).past, Heun().past, scoresde.DDIM().past) == (2, 2, 0, 0)
 
 
 def test_startup_keeps_the_order_that_the_ramp_loses():

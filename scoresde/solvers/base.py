@@ -20,14 +20,15 @@ class Solver(ABC):
 
     Class attributes a subclass may set: `grid`, the rule it recommends for sampling; `adaptive`, it chooses its own inner steps;
     `batchwise`, one step size for the whole batch, so that batch mates matter; `invariant`, the step knows the schedule through
-    rho = sigma / alpha alone, so that x / alpha is the same under every SDE. `stochastic` is a property: a solver that draws noise
-    states `weak_order` and `strong_order`, not `order`.
+    rho = sigma / alpha alone, so that x / alpha is the same under every SDE; `past`, how many earlier evaluations a step uses.
+    `stochastic` is a property: a solver that draws noise states `weak_order` and `strong_order`, not `order`.
     """
 
     grid: ClassVar[Any] = staticmethod(logsnr)  # a Grid; Any because a checker would bind it as a method
     adaptive: ClassVar[bool] = False
     batchwise: ClassVar[bool] = False
     invariant: ClassVar[bool] = True
+    past: ClassVar[int] = 0
 
     @property
     def stochastic(self) -> bool:

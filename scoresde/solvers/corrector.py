@@ -93,8 +93,8 @@ class MALA(Langevin):
 class PredictorCorrector(StochasticSolver):
     """`predictor` from t to s, then `corrections` moves of `corrector` at s. Song et al. 2021 (ICLR), algorithm 1.
 
-    Any solver predicts; the corrector is a chain at fixed time (Langevin, MALA). The weak order is the lesser of the two's: a biased
-    corrector leaves its bias however many the steps.
+    Any solver predicts; the corrector is a chain at fixed time (Langevin, MALA). The weak order is the lesser of the two's (a biased
+    corrector leaves its bias however many the steps), and 1 at most around a predictor with a past, which is of states before the move.
     """
 
     predictor: Solver
@@ -128,9 +128,9 @@ class PredictorCorrector(StochasticSolver):
 
     @property
     def weak_order(self) -> float:
-        """The lesser of the predictor's (of a flow: its order) and the corrector's."""
+        """The lesser of the predictor's (of a flow: its order) and the corrector's; 1 at most around a predictor with a past."""
         predictor = self.predictor.weak_order if self.predictor.stochastic else float(self.predictor.order)  # type: ignore[attr-defined]
-        return min(predictor, self.corrector.weak_order)
+        return min(predictor, self.corrector.weak_order, 1.0 if self.predictor.past else math.inf)
 
     @property
     def strong_order(self) -> float:

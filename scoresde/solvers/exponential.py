@@ -6,24 +6,25 @@ past q and the x0 evaluated inside the step. `start` multiplies everything out i
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_callable, check_count, shape_of
 from ..grid import Grid, logsnr
 from ..linear import LinearSDE
 from ..oracle import Oracle
 from ..variables import Clock, Variable, check_variable
 from ..variables import t as time_clock
 from .base import Solver
-from .weights import Array, Weights, exact, segments
+from .weights import Array, Weights, bh1, exact, segments
 
 __all__ = ["Multistep", "SingleStep", "Tableau"]
 
@@ -40,6 +41,24 @@ class Tableau:
     fractions: tuple[float, ...]
     through: tuple[tuple[int, ...], ...] = ()
     shares: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        rows = self.through or self.shares
+        if (
+            not self.fractions
+            or self.fractions[0] != 0
+            or bool(self.through) == bool(self.shares)
+            or len(rows) != len(self.fractions)
+        ):
+            raise ValueError(
+                f"fractions is {self.fractions}, {len(rows)} rows in through or shares; wanted the first fraction 0 and one row an "
+                "evaluation, in one of the two"
+            )
+        wrong = [
+            i for i, row in enumerate(rows) if (len(row) != i + 1 if self.shares else not row or not set(row) <= set(range(i + 1)))
+        ]
+        if wrong:
+            raise ValueError(f"row {wrong[0]} of the tableau is {rows[wrong[0]]}; wanted it made of the evaluations before it")
 
 
 MIDPOINT = Tableau(2, (0.0, 1 / 2), ((0,), (1,)))
@@ -64,7 +83,8 @@ class Row:
 def combine(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     """sum_j c_j v_j as a new tensor; one pass where it is a mean of two, as every Euler step with alpha = 1 is."""
     if len(tensors) == 2 and abs(coefficients[0] + coefficients[1] - 1.0) < 1e-15:
-        return torch.lerp(tensors[0], tensors[1], coefficients[1])
+        less = int(coefficients[1] < coefficients[0])  # lerp takes 1 - weight in float32: the lesser weight is given
+        return torch.lerp(tensors[1 - less], tensors[less], coefficients[less])
     out: Tensor | None = None
     for c, v in zip(coefficients, tensors):  # noqa: B905 - the inner loop: `strict` has a price
         if c:
@@ -87,6 +107,7 @@ class Linear(Solver):
             raise TypeError(f"coordinate is {self.coordinate!r}; wanted a Clock of scoresde.variables: lam, rho, snr, tau, t")
         if self.variable.clock == time_clock and self.coordinate not in (None, time_clock):
             raise ValueError(f"coordinate is {self.coordinate!r}; the variable {self.variable!r} is interpolated in t alone")
+        check_callable(self.recommended, "recommended", "a rule (sde, n) -> times, as scoresde.grid.karras")
 
     @property
     def grid(self) -> Grid:
@@ -110,15 +131,14 @@ class Linear(Solver):
 
     def start(self, sde: LinearSDE, times: Tensor) -> Any:
         """(rows, the number of the next, past q newest first)."""
-        frozen = getattr(type(sde), "__dataclass_params__", None)
-        if frozen is None or not frozen.frozen:  # it could change under us: no memory of it
-            return self.rows(sde, times), 0, ()
-        return _remembered(self, sde, tuple(times.tolist())), 0, ()
+        return _remembered(self, sde, times), 0, ()
 
     def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x_s from x_t `[B, *shape]`; t and s are those `start` was given, or any with state=None."""
+        if t.ndim:
+            raise ValueError(f"t is {shape_of(t)}; {self!r} steps on a grid, with one time () for the batch")
         rows, k, past = self.start(oracle.sde, torch.stack([t, s])) if state is None else state
-        row = rows[k]
+        row = rows[min(k, len(rows) - 1)]
         if float(t) != row.t or float(s) != row.s:
             raise ValueError(
                 f"step {k} of this grid runs from t = {row.t:.6g} to {row.s:.6g}, got {float(t):.6g} and {float(s):.6g}; start the "
@@ -127,27 +147,60 @@ class Linear(Solver):
         known = [x, *past[: row.past], oracle.mean(x, t)]
         x0 = known[-1]
         for time, coefficients in row.stages:
-            known.append(oracle.mean(combine(coefficients, known), time))
+            known.append(oracle.mean(combine(coefficients, known), time.clone()))  # its own: a denoiser may write into it
         if row.hold:
             past = (x0 if row.keep == (0.0, 1.0) else combine(row.keep, (x, x0)), *past[: row.hold - 1])
         return combine(row.final, known), (rows, k + 1, past)
 
 
-@lru_cache(maxsize=256)
-def _remembered(solver: Linear, sde: LinearSDE, times: tuple[float, ...]) -> tuple[Row, ...]:
-    """The rows of a grid met before: every microbatch of a solve asks for the same."""
-    return solver.rows(sde, torch.tensor(times, dtype=torch.float64))
+_MEMORY: OrderedDict[Any, tuple[weakref.ref[LinearSDE], tuple[Row, ...]]] = OrderedDict()
+
+
+def _remembered(solver: Linear, sde: LinearSDE, times: Tensor) -> tuple[Row, ...]:
+    """The rows of a grid, from memory when this very SDE was met on it before: every microbatch of a solve asks for the same.
+
+    An SDE is known by identity (two that compare equal may differ in what is not compared), and only if its class is itself a frozen
+    dataclass: any other could change between two solves.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        times = torch.tensor(times.tolist(), dtype=torch.float64)
+        params = vars(type(sde)).get("__dataclass_params__")
+        key = (solver, id(sde), tuple(times.tolist()))
+        try:
+            met = _MEMORY.get(key) if params is not None and params.frozen else None
+            if met is not None and met[0]() is sde:
+                return met[1]
+            rows = solver.rows(sde, times)
+            if params is not None and params.frozen:
+                _MEMORY[key] = (weakref.ref(sde), rows)
+                while len(_MEMORY) > 256:
+                    _MEMORY.popitem(last=False)
+            return rows
+        except TypeError as error:
+            if "unhashable" not in str(error):
+                raise
+            return solver.rows(sde, times)
+
+
+def lams(sde: LinearSDE, times: Tensor) -> Tensor:
+    """log(alpha / sigma) at the times of a grid, checked to differ."""
+    lam = sde.logsnr(times) / 2
+    if bool((lam.diff() == 0).any()):
+        i = int((lam.diff() == 0).int().argmax())
+        raise ValueError(f"times {times[i]:.17g} and {times[i + 1]:.17g} have the same noise level to rounding; drop one of them")
+    return lam
 
 
 def lines(variable: Variable, sde: LinearSDE, times: Tensor) -> list[tuple[float, float, float]]:
     """(m, p, r) at each time."""
     p, r = variable.read(sde, times)
     m = variable.scale(sde.alpha(times), sde.sigma(times))
-    return list(zip(m.tolist(), p.tolist(), r.tolist(), strict=True))
+    return list(zip(*(c.expand(times.shape).tolist() for c in (m, p, r)), strict=True))
 
 
 def single_rows(variable: Variable, coordinate: Clock, sde: LinearSDE, times: Tensor, tableau: Tableau) -> tuple[Row, ...]:
     """The rows of a tableau on each step: evaluation i is of x_i = m_i (x / m_t + sum_j c_ij q_j), q_j = p_j x_j + r_j x0_j."""
+    lams(sde, times)
     clock = coordinate if tableau.through else variable.clock
     w = clock.at(sde, times)
     width = 1 + len(tableau.fractions)
@@ -189,6 +242,11 @@ class SingleStep(Linear):
     """
 
     tableau: Tableau
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.tableau, Tableau):
+            raise TypeError(f"tableau is {self.tableau!r}; wanted a scoresde.solvers.Tableau")
 
     @property
     def order(self) -> int:
@@ -233,8 +291,15 @@ class Multistep(Linear):
             )
         if not callable(self.weights):
             raise TypeError(f"weights is {self.weights!r}; wanted one of scoresde.solvers: exact, bh1, bh2")
-        if self.startup not in (None, True, False) or not isinstance(self.lower_final, bool):
+        if self.weights is bh1 and self.coordinate == time_clock:
+            raise ValueError("weights is bh1 in t; its B(h) = h wants a clock with a rate: lam, as UniPC has it")
+        if not any(self.startup is c for c in (None, True, False)) or not isinstance(self.lower_final, bool):
             raise TypeError(f"startup is {self.startup!r}, lower_final {self.lower_final!r}; wanted True, False or (startup) None")
+
+    @property
+    def past(self) -> int:
+        """How many earlier evaluations a step uses."""
+        return max(self.nodes, self.corrector) - 1
 
     @property
     def _full_order(self) -> int:
@@ -266,6 +331,7 @@ class Multistep(Linear):
     def rows(self, sde: LinearSDE, times: Tensor) -> tuple[Row, ...]:
         """The single steps of the start, then one evaluation a step."""
         n = len(times) - 1
+        lams(sde, times)
         count, tableau = self._single_steps(n)
         made: list[Row] = []
         if count:

@@ -96,6 +96,10 @@ def DPMSolverPP(
     either way (two public versions halve the second difference). singlestep: x0 at 0, 1/2 or 0, 1/3, 2/3 of the step instead, `order`
     evaluations. startup, lower_final: see `Multistep`. Lu et al. 2022 (DPM-Solver++), algorithms 1, 2, eq. 8, 17.
     """
+    if not isinstance(singlestep, bool):
+        raise TypeError(f"singlestep is {singlestep!r}; wanted True or False")
+    if singlestep and (weights is not bh2 or startup is not None or lower_final):
+        raise ValueError("weights, startup and lower_final are of the multistep form; drop them, or singlestep=True")
     if singlestep:
         return _single(x0, order, f"DPMSolverPP(order={order}, singlestep=True)")
     tail = _suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final or None)
@@ -127,6 +131,8 @@ def DEIS(order: int = 3, coordinate: Clock = t, startup: bool | None = None, low
     coordinate: of the polynomial: `t` is tAB-DEIS, `rho` rhoAB, `lam` that in log rho. Zhang & Chen 2023 (ICLR), eq. 14-15, 17.
     """
     _check_order(order, 0, 3)
+    if not isinstance(coordinate, Clock):
+        raise TypeError(f"coordinate is {coordinate!r}; wanted a Clock of scoresde.variables: t, rho, lam")
     name = f"DEIS(order={order}, coordinate={coordinate}{_suffix(startup=startup, lower_final=lower_final or None)})"
     return Multistep(
         eps, coordinate, order + 1, startup=startup, lower_final=lower_final, name=name,
@@ -177,6 +183,6 @@ def _adams(
     name: str, nodes: int, corrector: int, variable: Variable, coordinate: Clock | None, startup: bool | None, lower_final: bool
 ) -> Multistep:
     return Multistep(
-        check_variable(variable), coordinate or variable.coordinate, nodes, corrector=corrector, startup=startup,
+        check_variable(variable), variable.coordinate if coordinate is None else coordinate, nodes, corrector=corrector, startup=startup,
         lower_final=lower_final, name=name, recommended=rectified if variable == velocity else logsnr,
     )  # fmt: skip

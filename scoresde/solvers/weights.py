@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..linear import LinearSDE
 from ..variables import Clock, Variable
+from ..variables import t as time_clock
 
 __all__ = ["Segment", "bh1", "bh2", "exact", "segments"]
 
@@ -23,7 +24,7 @@ _POINTS, _MASS = (a / 2 for a in np.polynomial.legendre.leggauss(64))  # on [-1/
 class Segment:
     """A step of the coordinate from `start` to `end`, quadrature `points` in it with masses `du`, which add to the step of u.
 
-    slope is du/dw at the end.
+    slope is du/dw at the end (nan in t, which has no rate that is the same for every SDE).
     """
 
     start: float
@@ -52,7 +53,8 @@ def segments(variable: Variable, coordinate: Clock | None, sde: LinearSDE, t: to
         inner = torch.from_numpy(a[:, None] + (_POINTS + 0.5) * (b - a)[:, None])
         points = coordinate.along(sde, inner).numpy()
         du = variable.clock.rate(inner).numpy() * _MASS * (b - a)[:, None]
-        slope = variable.clock.rate(torch.from_numpy(b)).numpy()
+        last = torch.from_numpy(b)
+        slope = np.full(n, np.nan) if coordinate == time_clock else (variable.clock.rate(last) / coordinate.rate(last)).numpy()
     return [Segment(*row) for row in zip(start.tolist(), end.tolist(), points, du, slope.tolist(), strict=True)]
 
 
@@ -79,7 +81,7 @@ def _b_of_h(segment: Segment, nodes: Sequence[float], b: float) -> Array:
 
 
 def bh1(segment: Segment, nodes: Sequence[float]) -> Array:
-    """UniPC with B1(h) = h, nodes[0] the start of a step in lam. Zhao et al. 2023 (NeurIPS), eq. 5 and section 3.4."""
+    """UniPC with B1(h) = h, nodes[0] the start of the step, in any coordinate but t. Zhao et al. 2023 (NeurIPS), eq. 5 and section 3.4."""
     return _b_of_h(segment, nodes, segment.slope * (segment.end - segment.start))
 
 
