@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,11 +15,12 @@ from torch import Tensor
 from . import solvers
 from .checks import STATE_DTYPES, check_callable, check_count, check_finite, check_rows, check_state, shape_of
 from .denoiser import Denoiser, Preconditioned, check_denoiser
-from .grid import Grid, check_times, logsnr
+from .grid import Grid, check_times, karras, logsnr, rectified
 from .linear import LinearSDE
 from .noise import Noise, entropy_seeds, gaussian, seeded
 from .oracle import Oracle
-from .solvers import DPMSolverPP, Heun, Solver, TorchDiffEq
+from .solvers import DEIS, AdamsMoulton, DPMSolverPP, Solver, TorchDiffEq, UniPC, bh1
+from .variables import V, eps, lam, velocity, x0
 
 __all__ = ["Solution", "decode", "encode", "sample", "trajectory"]
 
@@ -80,9 +83,31 @@ class Solution:
         return int(self.nfe_each.max()) if len(self.nfe_each) else 0
 
 
-def default_solver(nfe: int | None) -> Solver:
-    """The solver of `solver=None`: DPM-Solver++(2M) below 50 evaluations, Heun from there."""
-    return DPMSolverPP(2) if nfe is None or nfe < 50 else Heun()
+def _on(solver: Solver, grid: Grid) -> Solver:
+    return replace(solver, recommended=grid)  # type: ignore[call-arg]
+
+
+_EARLY, _LATE = partial(rectified, power=1.5), partial(rectified, power=2.0)
+_DEFAULTS: dict[bool, tuple[tuple[float, Solver], ...]] = {  # by size; (below this NFE, the solver on its grid)
+    False: (
+        (12, _on(AdamsMoulton(2, velocity), _EARLY)),
+        (math.inf, _on(AdamsMoulton(4, V(0.5), startup=False), _LATE)),
+    ),
+    True: (
+        (10, _on(UniPC(1, bh1, eps), karras)),
+        (20, _on(DEIS(2, lam, startup=False), karras)),
+        (30, AdamsMoulton(3, x0, predictor=3, startup=False)),
+        (math.inf, _on(AdamsMoulton(5, velocity, lam, startup=False), karras)),
+    ),
+}
+
+
+def default_solver(nfe: int, size: int) -> Solver:
+    """The solver of `solver=None`, on its grid: by nfe, for events of at least 512 numbers (images) or of fewer.
+
+    Chosen on seed set A of `benchmarks/strong.py` and reported on B: docs/solvers.md, "How to choose".
+    """
+    return next(solver for below, solver in _DEFAULTS[size >= 512] if nfe < below)
 
 
 def steps_within(solver: Solver, nfe: int, extra: int = 0) -> int:
@@ -208,18 +233,25 @@ def sample(
 ) -> Solution:  # fmt: skip
     """Draw samples: from x (default: the prior at t_max) down `times`, then (denoise) the mean at the last time.
 
-    shape: [B, *event]; solver: None picks by nfe. Exactly one of nfe (a ceiling on evaluations a sample, the final mean included),
-    steps and times; an adaptive solver takes none of them or `times`. grid: rule (sde, n) -> times, default the solver's. seeds: B
-    integers in [0, 2^64): sample i depends on seeds[i] alone, whatever the batch; generator: a torch.Generator instead; neither:
-    fresh entropy, kept in `.seeds`. x: the state at times[0] (then dtype and device are x's). microbatch: the network sees exactly
-    this many rows. device: default the denoiser's. throw: raise NonFiniteError (False: read `.status`).
+    shape: [B, *event]; solver: None picks by nfe and by the size of the event. Exactly one of nfe (a ceiling on evaluations a sample,
+    the final mean included), steps and times; an adaptive solver takes none of them or `times`. grid: rule (sde, n) -> times, default
+    the solver's. seeds: B integers in [0, 2^64): sample i depends on seeds[i] alone, whatever the batch; generator: a torch.Generator
+    instead; neither: fresh entropy, kept in `.seeds`. x: the state at times[0] (then dtype and device are x's). microbatch: the network
+    sees exactly this many rows. device: default the denoiser's. throw: raise NonFiniteError (False: read `.status`).
     """
     sde = check_denoiser(denoiser).sde
     shape = shape.shape if isinstance(shape, Tensor) else shape
     shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
     if len(shape) < 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
         raise ValueError(f"shape is {shape}; wanted [B, *event] of non-negative integers, as in (16, 3, 32, 32)")
-    solver = check_solver(solver) if solver is not None else default_solver(nfe)
+    if solver is None:
+        budget = nfe
+        if isinstance(steps, int):
+            budget = steps + denoise
+        elif isinstance(times, Tensor):
+            budget = times.numel() - 1 + denoise
+        solver = default_solver(budget if isinstance(budget, int) else 0, math.prod(shape[1:]))
+    check_solver(solver)
     times = plan(sde, solver, nfe=nfe, steps=steps, times=times, grid=grid, extra=int(denoise))
     if times[1] > times[0]:
         raise ValueError(f"times run up, from {times[0]:.6g} to {times[-1]:.6g}; sampling runs down: times.flip(0)")

@@ -32,7 +32,7 @@ ARROWS = {
     "guidance": {"denoiser", "checks"},
     "oracle": {"denoiser", "linear", "noise", "parameterizations", "checks"},
     "solvers": {"oracle", "variables", "grid", "denoiser", "linear", "noise", "checks"},
-    "sample": STEPS - {"sample"},
+    "sample": (STEPS - {"sample"}) | {"variables"},
     "likelihood": STEPS,
     "loss": {"denoiser", "linear", "noise", "checks"},
     "train": {"loss", "denoiser", "noise", "checks"},

@@ -28,20 +28,38 @@ def network(**kwargs):
 
 
 # --- the solution --------------------------------------------------------------------------------------------------------
+VAR = s.variables
+SMALL = (s.AdamsMoulton(2, VAR.velocity), s.AdamsMoulton(4, VAR.V(0.5), startup=False))
+LARGE = (
+    s.UniPC(1, s.solvers.bh1, VAR.eps), s.DEIS(2, VAR.lam, startup=False), s.AdamsMoulton(3, VAR.x0, predictor=3, startup=False),
+    s.AdamsMoulton(5, VAR.velocity, VAR.lam, startup=False),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("budget", "solver"),
     [
-        ({"nfe": 10}, s.DPMSolverPP(2)), ({"nfe": 49}, s.DPMSolverPP(2)), ({"nfe": 50}, s.Heun()), ({"nfe": 100}, s.Heun()),
-        ({"steps": 10}, s.DPMSolverPP(2)), ({"steps": 100}, s.DPMSolverPP(2)),
-        ({"times": grid.logsnr(VP, 4)}, s.DPMSolverPP(2)),
+        ({"nfe": 2}, SMALL[0]), ({"nfe": 11}, SMALL[0]), ({"nfe": 12}, SMALL[1]), ({"nfe": 100}, SMALL[1]),
+        ({"steps": 10}, SMALL[0]), ({"steps": 11}, SMALL[1]), ({"times": grid.logsnr(VP, 4)}, SMALL[0]),
     ],
     ids=repr,
 )  # fmt: skip
 def test_the_default_solver_is_named(budget, solver):
     found = s.sample(MIX, (2, 2), seeds=range(2), **budget)
     assert found.solver == solver
-    again = s.sample(MIX, (2, 2), solver, seeds=range(2), **budget)
+    assert found.nfe == budget.get("nfe", found.nfe)
+    again = s.sample(MIX, (2, 2), found.solver, seeds=range(2), **budget)
     assert torch.equal(found.x, again.x)
+
+
+@pytest.mark.parametrize(("nfe", "which"), [(4, 0), (9, 0), (10, 1), (19, 1), (20, 2), (29, 2), (30, 3), (60, 3)])
+def test_the_default_solver_of_images(nfe, which):
+    image = s.Gaussian(VP, torch.zeros(2, 16, 16, dtype=D), 0.5)
+    found = s.sample(image, (1, 2, 16, 16), nfe=nfe, seeds=[0])
+    assert found.solver == LARGE[which]
+    assert found.nfe == nfe
+    assert found.times[1] == (grid.logsnr if which == 2 else grid.karras)(VP, nfe - 1)[1]
+    assert s.sample(s.Gaussian(VP, torch.zeros(511, dtype=D), 0.5), (1, 511), nfe=nfe, seeds=[0]).solver in SMALL
 
 
 @pytest.mark.parametrize(("budget", "n"), [({}, 1), ({"nfe": 8}, 8), ({"steps": 4}, 4)], ids=repr)
