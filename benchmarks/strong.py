@@ -39,6 +39,7 @@ from torch import Tensor
 import scoresde
 from scoresde import grid, solvers, variables
 from scoresde.noise import seeded
+from scoresde.sample import default_solver
 from scoresde.solvers import bh1, exact
 
 D = torch.float64
@@ -358,6 +359,7 @@ def lines(e: Errors, rules: dict[str, Rule], pattern: str, verbose: bool) -> Ite
                 f"  NFE {nfe:3d}  {geometric(on_b[k, i]):.2f} {on_b[k, i].max():6.2f}  {e.names[k]:55s}"
                 f"  least worst: {geometric(on_b[w, i]):.2f} {on_b[w, i].max():.2f} {e.names[w]}"
             )
+    yield from default_lines(e, e.B, top_b)
     rules = dict(rules)
     allowed = [i for i, n in enumerate(e.names) if e.ours[i] and re.search(pattern, n)]
     named = [e.names[i] for i in allowed]
@@ -377,6 +379,22 @@ def lines(e: Errors, rules: dict[str, Rule], pattern: str, verbose: bool) -> Ite
         yield "  by NFE: " + ", ".join(f"{n}: {geometric(g):.2f} ({g.max():.2f})" for n, g in zip(e.budgets, got, strict=True))
 
 
+def default_lines(e: Errors, errors: Any, floor: Any) -> Iterator[str]:
+    """`solver=None` over the best of each cell."""
+    sizes = {"digits": problems.PIXELS, "toy": problems.TOY, "image": problems.IMAGE}
+    picks = [[default_setting(n, sizes[p]) for p in e.problems] for n in e.budgets]
+    if any(name not in e.where for row in picks for name in row):
+        yield f"\nsample(solver=None): not in the table: {sorted({n for row in picks for n in row} - set(e.where))}"
+        return
+    k = np.array([[e.where[name] for name in row] for row in picks])  # [nfe, problem]
+    got = np.take_along_axis(errors, k[None, None], 0)[0] / floor  # [SDE, nfe, problem]
+    yield f"\nsample(solver=None): geometric mean {geometric(got):.3f}, worst {got.max():.2f}, cells above 3: {int((got > 3).sum())}"
+    yield "  by NFE: " + ", ".join(f"{n}: {geometric(got[:, i]):.2f} ({got[:, i].max():.2f})" for i, n in enumerate(e.budgets))
+    yield from (
+        f"  {got[i, j, k]:.2f} {e.sdes[i]} NFE {e.budgets[j]} {e.problems[k]}" for i, j, k in zip(*np.nonzero(got > 3), strict=True)
+    )
+
+
 def grid_of(values: Any, e: Errors, heads: Sequence[str], form: str) -> Iterator[str]:
     """A table of NFE by (SDE, problem)."""
     yield "  NFE  " + " ".join(f"{h:>10s}" for h in heads)
@@ -391,6 +409,13 @@ RULES: dict[str, Rule] = {
     "2M everywhere": [(10**9, "scoresde DPMSolverPP(order=2) | logsnr")],
     "UniPC-3 everywhere": [(10**9, "scoresde UniPC(order=3) | logsnr")],
 }
+
+
+def default_setting(nfe: int, size: int) -> str:
+    """The setting that `solver=None` of `scoresde.sample` takes."""
+    key = lambda rule: (getattr(rule, "func", rule), getattr(rule, "keywords", {}))
+    solver = default_solver(nfe, size)
+    return f"{OURS} {solver!r} | {next(label for label, rule in GRIDS.items() if key(rule) == key(solver.grid))}"
 
 
 # --- the program --------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from .grid import Grid, check_times, karras, logsnr, rectified
 from .linear import LinearSDE
 from .noise import Noise, entropy_seeds, gaussian, seeded
 from .oracle import Oracle
-from .solvers import DEIS, AdamsMoulton, DPMSolverPP, Solver, TorchDiffEq, UniPC, bh1
-from .variables import V, eps, lam, velocity, x0
+from .solvers import AdamsMoulton, DPMSolverPP, Solver, TorchDiffEq, UniPC, bh1
+from .variables import V, eps, lam, velocity
 
 __all__ = ["Solution", "decode", "encode", "sample", "trajectory"]
 
@@ -94,9 +94,7 @@ _DEFAULTS: dict[bool, tuple[tuple[float, Solver], ...]] = {  # by size; (below t
         (math.inf, _on(AdamsMoulton(4, V(0.5), startup=False), _LATE)),
     ),
     True: (
-        (10, _on(UniPC(1, bh1, eps), karras)),
-        (20, _on(DEIS(2, lam, startup=False), karras)),
-        (30, AdamsMoulton(3, x0, predictor=3, startup=False)),
+        (14, _on(UniPC(1, bh1, eps), karras)),
         (math.inf, _on(AdamsMoulton(5, velocity, lam, startup=False), karras)),
     ),
 }

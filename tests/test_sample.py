@@ -30,10 +30,7 @@ def network(**kwargs):
 # --- the solution --------------------------------------------------------------------------------------------------------
 VAR = s.variables
 SMALL = (s.AdamsMoulton(2, VAR.velocity), s.AdamsMoulton(4, VAR.V(0.5), startup=False))
-LARGE = (
-    s.UniPC(1, s.solvers.bh1, VAR.eps), s.DEIS(2, VAR.lam, startup=False), s.AdamsMoulton(3, VAR.x0, predictor=3, startup=False),
-    s.AdamsMoulton(5, VAR.velocity, VAR.lam, startup=False),
-)  # fmt: skip
+LARGE = (s.UniPC(1, s.solvers.bh1, VAR.eps), s.AdamsMoulton(5, VAR.velocity, VAR.lam, startup=False))
 
 
 @pytest.mark.parametrize(
@@ -52,13 +49,13 @@ def test_the_default_solver_is_named(budget, solver):
     assert torch.equal(found.x, again.x)
 
 
-@pytest.mark.parametrize(("nfe", "which"), [(4, 0), (9, 0), (10, 1), (19, 1), (20, 2), (29, 2), (30, 3), (60, 3)])
+@pytest.mark.parametrize(("nfe", "which"), [(4, 0), (13, 0), (14, 1), (60, 1)])
 def test_the_default_solver_of_images(nfe, which):
     image = s.Gaussian(VP, torch.zeros(2, 16, 16, dtype=D), 0.5)
     found = s.sample(image, (1, 2, 16, 16), nfe=nfe, seeds=[0])
     assert found.solver == LARGE[which]
     assert found.nfe == nfe
-    assert found.times[1] == (grid.logsnr if which == 2 else grid.karras)(VP, nfe - 1)[1]
+    assert found.times[1] == grid.karras(VP, nfe - 1)[1]
     assert s.sample(s.Gaussian(VP, torch.zeros(511, dtype=D), 0.5), (1, 511), nfe=nfe, seeds=[0]).solver in SMALL
 
 
