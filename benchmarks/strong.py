@@ -11,6 +11,7 @@ flow is worst conditioned are set apart, before any solver runs; "B all" is set 
 python benchmarks/strong.py              compute what results/strong.json lacks, then print the summary
     --ours PATTERN | --peers-only        only our settings whose name matches the regular expression; only the peers'
     --fresh                              compute the chosen settings again
+    --lent                               the peers on our grids that they do not offer, into results/strong_lent.json
     --report                             only print; --rules PATTERN restricts the search of rules; --verbose prints every cell
     --quick                              VP at NFE 6, 10, 20, nothing saved
 """
@@ -48,6 +49,7 @@ DRAWN = problems.ROWS + 16
 SEEDS = {"A": range(DRAWN), "B": range(10_000, 10_000 + DRAWN)}
 KEYS = ("A", "B", "B all")
 OUT = Path(__file__).parent / "results" / "strong.json"
+LENT = OUT.with_name("strong_lent.json")
 OURS = "scoresde"
 TRUTH = solvers.TorchDiffEq("dopri8", rtol=1e-10, atol=1e-10, max_nfe=100_000)
 ROUGH = solvers.TorchDiffEq("dopri8", rtol=1e-9, atol=1e-9, max_nfe=100_000)
@@ -126,6 +128,11 @@ def our_settings() -> list[peers.Setting]:
         for solver in our_solvers()
         for label, rule in GRIDS.items()
     ]
+
+
+def lent_settings() -> list[peers.Setting]:
+    """The peers on the grids of ours that were tuned on these problems (set A) and that no peer offers."""
+    return peers.lent({name: rule for name, rule in GRIDS.items() if "power" in name})
 
 
 # --- one cell -----------------------------------------------------------------------------------------------------------------
@@ -379,6 +386,22 @@ def lines(e: Errors, rules: dict[str, Rule], pattern: str, verbose: bool) -> Ite
         yield "  by NFE: " + ", ".join(f"{n}: {geometric(g):.2f} ({g.max():.2f})" for n, g in zip(e.budgets, got, strict=True))
 
 
+def lent_lines(e: Errors) -> Iterator[str]:
+    """Our best over the best of the peers that were lent our grids, beside their own."""
+    (mine, own), (pick, peer) = e.best(e.ours), e.best(~e.ours)
+    ratio = own / peer
+    lent = np.array([" | lent " in n for n in e.names])
+    yield (
+        f"\nours / best peer, peers on our tuned grids too: at most 1.02 in {100 * (ratio <= 1.02).mean():.1f} %, worst {ratio.max():.3f}, "
+        f"geometric mean {geometric(ratio.ravel()):.3f}; the best peer is on a lent grid in {int(lent[pick].sum())} cells of {ratio.size}"
+    )
+    for k, i, j in zip(*np.nonzero(ratio > 1.02), strict=True):
+        yield (
+            f"  {ratio[k, i, j]:.3f} {e.sdes[k]} NFE {e.budgets[i]} {e.problems[j]}: {e.names[mine[k, i, j]]} ({own[k, i, j]:.3e})"
+            f" after {e.names[pick[k, i, j]]} ({peer[k, i, j]:.3e})"
+        )
+
+
 def default_lines(e: Errors, errors: Any, floor: Any) -> Iterator[str]:
     """`solver=None` over the best of each cell."""
     sizes = {"digits": problems.PIXELS, "toy": problems.TOY, "image": problems.IMAGE}
@@ -450,12 +473,15 @@ def main() -> None:
     parser.add_argument("--ours", metavar="PATTERN")
     parser.add_argument("--peers-only", action="store_true")
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--lent", action="store_true")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--rules", metavar="PATTERN", default="")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
+    if args.lent:
+        args.out = LENT
     torch.set_num_threads(1)
     sdes, budgets = (["VP"], (6, 10, 20)) if args.quick else (list(problems.SDES), BUDGETS)
     head: dict[str, Any] = {
@@ -477,8 +503,8 @@ def main() -> None:
         if args.report:
             head = stored
     if not args.report:
-        settings = [] if args.ours else peers.every()
-        if not args.peers_only:
+        settings = lent_settings() if args.lent else [] if args.ours else peers.every()
+        if not args.peers_only and not args.lent:
             settings += [s for s in our_settings() if re.search(args.ours or "", s.name)]
         if args.fresh:
             for s in settings:

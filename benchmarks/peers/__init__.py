@@ -105,6 +105,14 @@ def shifted(ask: Ask, n: int, shift: float = 1.0) -> Tensor:
     return rho
 
 
+def lent(rules: dict[str, Callable[[scoresde.LinearSDE, int], Tensor]]) -> list[Setting]:
+    """The peers' solvers on grids that they do not offer: rules (sde, n) -> times of scoresde, their noise levels handed over."""
+    from . import azula, hf, kdiffusion
+
+    nodes = {f"lent {name}": lambda ask, n, rule=rule: rho_of(ask, rule(ask.sde, n - 1)) for name, rule in rules.items()}
+    return [s for module in (kdiffusion, hf, azula) for s in module.lent(nodes)]
+
+
 def every() -> list[Setting]:
     """All settings of all peers."""
     from . import azula, edm, hf, kdiffusion

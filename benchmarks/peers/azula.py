@@ -40,6 +40,18 @@ class Own(azula.noise.Schedule):
         return self.sde.alpha(t), self.sde.sigma(t)
 
 
+class Nodes(azula.noise.Schedule):
+    """Given noise levels, in the state of rectified flow; t is their number from the end, over how many there are."""
+
+    def __init__(self, rho: Tensor) -> None:
+        self.rho = rho.flip(0)
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma)."""
+        rho = self.rho[(t * (len(self.rho) - 1)).round().long()]
+        return 1 / (1 + rho), rho / (1 + rho)
+
+
 class Posterior:
     """What a sampler reads."""
 
@@ -80,26 +92,49 @@ def when(schedule: azula.noise.Schedule, rho: float) -> float:
     return (low + high) / 2
 
 
-def run(sampler: Callable[..., Any], cost: int, make: Callable[[Ask], azula.noise.Schedule], ask: Ask, x: Tensor) -> Tensor:
-    """One sampler on one schedule, `cost` evaluations a step."""
+def solve(
+    sampler: Callable[..., Any], steps: int, schedule: azula.noise.Schedule, start: float, stop: float, ask: Ask, x: Tensor
+) -> Tensor:
+    """One sampler from t = start to stop, then the mean."""
     with double():
-        schedule = make(ask)
-        start, stop = when(schedule, ask.top), when(schedule, ask.bottom)
         first, last = (float(schedule(torch.tensor(t, dtype=D))[0]) for t in (start, stop))
         denoiser = Denoiser(ask, schedule, (start, stop))
-        steps = (ask.nfe - 1) // cost
         x = sampler(denoiser, start=start, stop=stop, steps=steps, silent=True, dtype=D)(first * ask.start(x))
     return ask.finish(x / last)
 
 
-def settings() -> list[Setting]:
-    """Every sampler on every schedule."""
-    samplers = {"Euler": (azula.sample.EulerSampler, 1), "Heun": (azula.sample.HeunSampler, 2)}
+def run(sampler: Callable[..., Any], cost: int, make: Callable[[Ask], azula.noise.Schedule], ask: Ask, x: Tensor) -> Tensor:
+    """One sampler on one schedule, `cost` evaluations a step."""
+    schedule = make(ask)
+    return solve(sampler, (ask.nfe - 1) // cost, schedule, when(schedule, ask.top), when(schedule, ask.bottom), ask, x)
+
+
+def on(sampler: Callable[..., Any], cost: int, rule: Callable[[Ask, int], Tensor], ask: Ask, x: Tensor) -> Tensor:
+    """One sampler on given noise levels."""
+    steps = (ask.nfe - 1) // cost
+    return solve(sampler, steps, Nodes(rule(ask, steps + 1)), 1.0, 0.0, ask, x)
+
+
+def samplers() -> dict[str, tuple[Callable[..., Any], int]]:
+    """Name -> (sampler, evaluations a step)."""
+    found = {"Euler": (azula.sample.EulerSampler, 1), "Heun": (azula.sample.HeunSampler, 2)}
     for name, orders in {"zAB": (2, 3, 4), "vAB": (2, 3, 4), "zEAB": (2, 3, 4), "xEAB": (2, 3, 4), "REAB": (1, 2, 3, 4)}.items():
         for order in orders:
-            samplers[f"{name} {order}"] = (partial(getattr(azula.sample, f"{name}Sampler"), order=order), 1)
+            found[f"{name} {order}"] = (partial(getattr(azula.sample, f"{name}Sampler"), order=order), 1)
+    return found
+
+
+def settings() -> list[Setting]:
+    """Every sampler on every schedule."""
     return [
         Setting("azula", name, label, partial(run, *how, make))
-        for name, how in samplers.items()
+        for name, how in samplers().items()
         for label, make in SCHEDULES.items()
+    ]
+
+
+def lent(nodes: dict[str, Callable[[Ask, int], Tensor]]) -> list[Setting]:
+    """Every sampler on noise levels of others."""
+    return [
+        Setting("azula", name, label, partial(on, *how, rule)) for name, how in samplers().items() for label, rule in nodes.items()
     ]

@@ -226,8 +226,8 @@ def refused() -> dict[str, tuple[Callable[[], Any], bool]]:
     }
 
 
-def settings() -> list[Setting]:
-    """Every scheduler on every grid."""
+def crossed(schedulers: dict[str, tuple[Callable[[], Any], bool]], grids: dict[str, Grid]) -> list[tuple[str, str, Run]]:
+    """Every scheduler on these grids."""
     runs: dict[str, Callable[[Grid, Ask, Tensor], Tensor]] = {
         "DDIM": ddim,
         "IPNDM": ipndm,
@@ -237,13 +237,21 @@ def settings() -> list[Setting]:
         "KDPM2": partial(ve, partial(diffusers.KDPM2DiscreteScheduler, 100)),
         "FlowMatchHeun": flow,
     }
-    schedulers = multistep()
     runs |= {name: partial(vp, *how) for name, how in schedulers.items()}
-    found: list[tuple[str, str, Run]] = [
-        (name, label, partial(run, grid)) for name, run in runs.items() for label, grid in GRIDS.items()
-    ]
+    return [(name, label, partial(run, grid)) for name, run in runs.items() for label, grid in grids.items()]
+
+
+def settings() -> list[Setting]:
+    """Every scheduler on every grid."""
+    schedulers = multistep()
+    found = crossed(schedulers, GRIDS)
     found.append(("IPNDM", "its own", partial(ipndm, arcs)))
     for name in ("DPM++ 2M midpoint zero", "DPM++ 3M zero", "UniPC 2 bh2 x0 zero", "UniPC 3 bh2 x0 zero"):
         found.append((name, "trailing", partial(vp, *schedulers[name], trailing)))
     found += [(name, "exponential", partial(vp, *how, GRIDS["exponential"])) for name, how in refused().items()]
     return [Setting("diffusers", *one) for one in found]
+
+
+def lent(nodes: dict[str, Grid]) -> list[Setting]:
+    """Every scheduler on noise levels of others."""
+    return [Setting("diffusers", *one) for one in crossed(multistep(), nodes)]

@@ -71,12 +71,11 @@ def fast(k: Any, ask: Ask, x: Tensor) -> Tensor:
     return ask.finish(z)
 
 
-def settings() -> list[Setting]:
-    """Every sampler on every grid."""
-    k = load()
+def samplers(k: Any) -> dict[str, tuple[Callable[..., Tensor], Callable[[int], int], bool]]:
+    """Name -> (sampler, noise levels that nfe pays for, whether it ends with the jump to zero)."""
     still = {"noise_sampler": lambda *_: 0.0}
     one, two = (lambda nfe: nfe), (lambda nfe: (nfe + 1) // 2)
-    samplers: dict[str, tuple[Callable[..., Tensor], Callable[[int], int], bool]] = {
+    return {
         "euler": (k.sample_euler, one, True),
         "heun": (k.sample_heun, two, True),
         "dpm_2": (k.sample_dpm_2, two, True),
@@ -88,14 +87,27 @@ def settings() -> list[Setting]:
         "dpmpp_2m_sde heun": (partial(k.sample_dpmpp_2m_sde, eta=0.0, solver_type="heun", **still), one, True),
         "dpmpp_3m_sde": (partial(k.sample_dpmpp_3m_sde, eta=0.0, **still), one, True),
     }
+
+
+def crossed(k: Any, grids: dict[str, Callable[[Ask, int], Tensor]]) -> list[Setting]:
+    """Every sampler on these grids."""
     return [
-        *(
-            Setting("k-diffusion", name, label, partial(run, *how, grid))
-            for name, how in samplers.items()
-            for label, grid in grids(k).items()
-        ),
-        Setting("k-diffusion", "dpm_fast", "exponential", partial(fast, k)),
+        Setting("k-diffusion", name, label, partial(run, *how, grid))
+        for name, how in samplers(k).items()
+        for label, grid in grids.items()
     ]
+
+
+def settings() -> list[Setting]:
+    """Every sampler on every grid."""
+    k = load()
+    return [*crossed(k, grids(k)), Setting("k-diffusion", "dpm_fast", "exponential", partial(fast, k))]
+
+
+def lent(nodes: dict[str, Callable[[Ask, int], Tensor]]) -> list[Setting]:
+    """Every sampler on noise levels of others."""
+    k = load()
+    return crossed(k, {label: lambda ask, n, rule=rule: k.append_zero(rule(ask, n)) for label, rule in nodes.items()})
 
 
 torch.manual_seed(0)  # sample_euler and its kin draw noise that they multiply by zero
