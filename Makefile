@@ -6,7 +6,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1000000000
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-full test test-slow lint docs benchmark clean
+.PHONY: demo demo-full test test-slow lint docs benchmark strong clean
 
 demo: .venv/ok            ## train, sample, score and compare on 8x8 digits, into runs/demo
 	$(BIN)/scoresde demo $(ARGS)
@@ -26,8 +26,12 @@ lint: .venv/ok            ## ruff and the type checker
 docs: .venv/docs          ## the documentation, into docs/_build/html; warnings are errors
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-benchmark: .venv/ok       ## the cost of seeded noise
+benchmark: .venv/ok       ## the cost of seeded noise, and of everything outside the network beside the peers'
 	$(BIN)/python benchmarks/noise.py
+	$(BIN)/python benchmarks/overhead.py
+
+strong: .venv/ok          ## errors of every solver and of the peers' on exact problems, what is not yet in its results (hours, from none)
+	$(BIN)/python benchmarks/strong.py
 
 # torch first, by exact version: a bare "torch" may bring gigabytes of CUDA packages.
 .venv/ok: pyproject.toml constraints.txt

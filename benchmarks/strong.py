@@ -500,8 +500,8 @@ def main() -> None:
         if changed := [k for k in fixed if stored[k] != head[k]]:
             raise SystemExit(f"{args.out} was made with other {', '.join(changed)}: delete it to start anew")
         head |= {k: stored[k] for k in ("reference check", "seeds apart")}
-        if args.report:
-            head = stored
+    elif args.lent:
+        head |= {k: v for k, v in json.loads(OUT.read_text()).items() if k in ("reference check", "seeds apart")}
     if not args.report:
         settings = lent_settings() if args.lent else [] if args.ours else peers.every()
         if not args.peers_only and not args.lent:
@@ -511,8 +511,13 @@ def main() -> None:
                 table.pop(s.name, None)
         save = (lambda: None) if args.quick else functools.partial(write, args.out, head, table)
         fill(table, settings, sdes, budgets, save, head)
-    for line in lines(Errors(table, sdes, budgets), RULES, args.rules, args.verbose):
-        print(line)
+    both = {path: json.loads(path.read_text())["rows"] if path.exists() else {} for path in (OUT, LENT)} | {args.out: table}
+    if not args.lent:
+        for line in lines(Errors(table, sdes, budgets), RULES, args.rules, args.verbose):
+            print(line)
+    if both[LENT] and both[OUT] and not args.quick:
+        for line in lent_lines(Errors(both[OUT] | both[LENT], sdes, budgets)):
+            print(line)
 
 
 if __name__ == "__main__":

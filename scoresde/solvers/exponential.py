@@ -162,24 +162,22 @@ def _remembered(solver: Linear, sde: LinearSDE, times: Tensor) -> tuple[Row, ...
     An SDE is known by identity (two that compare equal may differ in what is not compared), and only if its class is itself a frozen
     dataclass: any other could change between two solves.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        times = torch.tensor(times.tolist(), dtype=torch.float64)
-        params = vars(type(sde)).get("__dataclass_params__")
-        key = (solver, id(sde), tuple(times.tolist()))
-        try:
-            met = _MEMORY.get(key) if params is not None and params.frozen else None
-            if met is not None and met[0]() is sde:
-                return met[1]
-            rows = solver.rows(sde, times)
-            if params is not None and params.frozen:
-                _MEMORY[key] = (weakref.ref(sde), rows)
-                while len(_MEMORY) > 256:
-                    _MEMORY.popitem(last=False)
-            return rows
-        except TypeError as error:
-            if "unhashable" not in str(error):
-                raise
-            return solver.rows(sde, times)
+    params = vars(type(sde)).get("__dataclass_params__")
+    values = times.tolist()
+    key = (solver, id(sde), tuple(values)) if params is not None and params.frozen else None
+    try:
+        met = None if key is None else _MEMORY.get(key)
+    except TypeError:  # a part of the solver cannot be hashed
+        met = key = None
+    if met is not None and met[0]() is sde:
+        return met[1]
+    with torch.inference_mode(False), torch.no_grad():  # rows outlive the mode they were made in
+        rows = solver.rows(sde, torch.tensor(values, dtype=torch.float64))
+    if key is not None:
+        _MEMORY[key] = (weakref.ref(sde), rows)
+        while len(_MEMORY) > 256:
+            _MEMORY.popitem(last=False)
+    return rows
 
 
 def lams(sde: LinearSDE, times: Tensor) -> Tensor:
