@@ -28,6 +28,10 @@ class Clipped(Denoiser):
         """x0 of the wrapped denoiser, in [low, high]."""
         return self.denoiser(x, t).clamp(self.low, self.high)
 
+    def extra_repr(self) -> str:
+        """Its bounds."""
+        return f"low={self.low}, high={self.high}"
+
     def select(self, index: Any) -> Clipped:
         """These rows."""
         return Clipped(self.denoiser.select(index), self.low, self.high)
@@ -57,6 +61,10 @@ class Thresholded(Denoiser):
         s = torch.lerp(sizes[:, below], sizes[:, min(below + 1, sizes.shape[1] - 1)], place - below)
         s = s.clamp(min=self.bound).reshape(-1, *[1] * (x0.ndim - 1))
         return torch.maximum(torch.minimum(x0, s), -s) * (self.bound / s)
+
+    def extra_repr(self) -> str:
+        """Its settings."""
+        return f"quantile={self.quantile}, bound={self.bound}"
 
     def select(self, index: Any) -> Thresholded:
         """These rows."""

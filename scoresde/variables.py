@@ -160,7 +160,7 @@ class Variable(ABC):
 
     @abstractmethod
     def read(self, sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(p, r) at times t: x0 = a x + b q of `parameterizations`, read backwards."""
+        """(p, r) of q = p x + r x0 at times t."""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -247,7 +247,9 @@ class V(Variable):
 def check_variable(value: Any) -> Variable:
     """Return a Variable; raise a TypeError that says where they are otherwise."""
     if not isinstance(value, Variable):
-        raise TypeError(f"variable is {value!r}; wanted one of scoresde.variables: eps, x0, velocity, time")
+        raise TypeError(
+            f"variable is {value!r}; wanted one of scoresde.variables (eps, x0, velocity, v, V(sigma_data), time) or your own Variable"
+        )
     return value
 
 

@@ -57,6 +57,12 @@ class Tableau:
         wrong = [
             i for i, row in enumerate(rows) if (len(row) != i + 1 if self.shares else not row or not set(row) <= set(range(i + 1)))
         ]
+        sums = [abs(sum(row) - end) for row, end in zip(self.shares, (*self.fractions[1:], 1.0), strict=False)]
+        if sums and max(sums) > 1e-12:
+            i = sums.index(max(sums))
+            raise ValueError(
+                f"row {i} of shares is {self.shares[i]}; wanted weights that add to where it ends: {(*self.fractions[1:], 1.0)[i]}"
+            )
         if wrong:
             raise ValueError(f"row {wrong[0]} of the tableau is {rows[wrong[0]]}; wanted it made of the evaluations before it")
 
