@@ -248,7 +248,7 @@ def check_variable(value: Any) -> Variable:
     """Return a Variable; raise a TypeError that says where they are otherwise."""
     if not isinstance(value, Variable):
         raise TypeError(
-            f"variable is {value!r}; wanted one of scoresde.variables (eps, x0, velocity, v, V(sigma_data), time) or your own Variable"
+            f"variable is {value!r}; wanted one of scoresde.variables (eps, x0, velocity, v, V(sigma_data), time) or a Variable of your own"
         )
     return value
 

@@ -60,9 +60,8 @@ class Tableau:
         sums = [abs(sum(row) - end) for row, end in zip(self.shares, (*self.fractions[1:], 1.0), strict=False)]
         if sums and max(sums) > 1e-12:
             i = sums.index(max(sums))
-            raise ValueError(
-                f"row {i} of shares is {self.shares[i]}; wanted weights that add to where it ends: {(*self.fractions[1:], 1.0)[i]}"
-            )
+            end = (*self.fractions[1:], 1.0)[i]
+            raise ValueError(f"row {i} of shares is {self.shares[i]}; wanted weights that add to where it ends: {end}")
         if wrong:
             raise ValueError(f"row {wrong[0]} of the tableau is {rows[wrong[0]]}; wanted it made of the evaluations before it")
 
