@@ -193,9 +193,6 @@ def test_equal_names_give_equal_numbers(name):
         close(scoresde.AdamsBashforth(order, variables.x0), scoresde.DPMSolverPP(order, weights=solvers.exact), name)
         close(scoresde.AdamsBashforth(order, variables.eps), scoresde.DEIS(order - 1, variables.rho), name)
     close(scoresde.AdamsMoulton(3, variables.x0), scoresde.UniPC(2, solvers.exact), name)
-    close(
-        scoresde.UniPC(3, solvers.bh1, startup=True), scoresde.UniPC(3, solvers.bh2, startup=True), name
-    )  # three nodes and more: no B(h)
     x = seeded(range(8)).initial((8, 2), D)
     times, denoiser = logsnr_times(SDES[name], 10), mixture(SDES[name])
     a = run(denoiser, DDIM(eta=1.0), x, times, seeded(range(8)))
