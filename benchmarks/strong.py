@@ -344,11 +344,7 @@ def lines(e: Errors, rules: dict[str, Rule], pattern: str, verbose: bool) -> Ite
             f"with the rows of B set apart: at most 1.02 in {100 * (flat <= 1.02).mean():.1f} %, worst {flat.max():.3f}, "
             f"geometric mean {geometric(flat):.3f}"
         )
-        for k, i, j in zip(*np.nonzero(ratio > 1.02), strict=True):
-            yield (
-                f"  {ratio[k, i, j]:.3f} {e.sdes[k]} NFE {e.budgets[i]} {e.problems[j]}: {e.names[mine[k, i, j]]} ({own[k, i, j]:.3e})"
-                f" after {e.names[pick[k, i, j]]} ({peer[k, i, j]:.3e})"
-            )
+        yield from losses(e, mine, own, pick, peer)
         if verbose:
             for k, i, j in np.ndindex(ratio.shape):
                 yield f"  {e.sdes[k]} NFE {e.budgets[i]} {e.problems[j]}: {e.names[mine[k, i, j]]} {own[k, i, j]:.3e}"
@@ -386,6 +382,16 @@ def lines(e: Errors, rules: dict[str, Rule], pattern: str, verbose: bool) -> Ite
         yield "  by NFE: " + ", ".join(f"{n}: {geometric(g):.2f} ({g.max():.2f})" for n, g in zip(e.budgets, got, strict=True))
 
 
+def losses(e: Errors, mine: Any, own: Any, pick: Any, peer: Any) -> Iterator[str]:
+    """The cells where our best is more than 1.02 of the best peer: mine and pick are settings, own and peer their errors."""
+    ratio = own / peer
+    for k, i, j in zip(*np.nonzero(ratio > 1.02), strict=True):
+        yield (
+            f"  {ratio[k, i, j]:.3f} {e.sdes[k]} NFE {e.budgets[i]} {e.problems[j]}: {e.names[mine[k, i, j]]} ({own[k, i, j]:.3e})"
+            f" after {e.names[pick[k, i, j]]} ({peer[k, i, j]:.3e})"
+        )
+
+
 def lent_lines(e: Errors) -> Iterator[str]:
     """Our best over the best of the peers that were lent our grids, beside their own."""
     (mine, own), (pick, peer) = e.best(e.ours), e.best(~e.ours)
@@ -395,11 +401,7 @@ def lent_lines(e: Errors) -> Iterator[str]:
         f"\nours / best peer, peers on our tuned grids too: at most 1.02 in {100 * (ratio <= 1.02).mean():.1f} %, worst {ratio.max():.3f}, "
         f"geometric mean {geometric(ratio.ravel()):.3f}; the best peer is on a lent grid in {int(lent[pick].sum())} cells of {ratio.size}"
     )
-    for k, i, j in zip(*np.nonzero(ratio > 1.02), strict=True):
-        yield (
-            f"  {ratio[k, i, j]:.3f} {e.sdes[k]} NFE {e.budgets[i]} {e.problems[j]}: {e.names[mine[k, i, j]]} ({own[k, i, j]:.3e})"
-            f" after {e.names[pick[k, i, j]]} ({peer[k, i, j]:.3e})"
-        )
+    yield from losses(e, mine, own, pick, peer)
 
 
 def default_lines(e: Errors, errors: Any, floor: Any) -> Iterator[str]:

@@ -177,7 +177,9 @@ def _remembered(solver: Linear, sde: LinearSDE, times: Tensor) -> tuple[Row, ...
     if met is not None and met[0]() is sde:
         return met[1]
     with torch.inference_mode(False), torch.no_grad():  # rows outlive the mode they were made in
-        rows = solver.rows(sde, torch.tensor(values, dtype=torch.float64))
+        times = torch.tensor(values, dtype=torch.float64)
+        check_levels(sde, times)
+        rows = solver.rows(sde, times)
     if key is not None:
         _MEMORY[key] = (weakref.ref(sde), rows)
         while len(_MEMORY) > 256:
@@ -185,13 +187,12 @@ def _remembered(solver: Linear, sde: LinearSDE, times: Tensor) -> tuple[Row, ...
     return rows
 
 
-def lams(sde: LinearSDE, times: Tensor) -> Tensor:
-    """log(alpha / sigma) at the times of a grid, checked to differ."""
-    lam = sde.logsnr(times) / 2
-    if bool((lam.diff() == 0).any()):
-        i = int((lam.diff() == 0).int().argmax())
+def check_levels(sde: LinearSDE, times: Tensor) -> None:
+    """Raise where two neighbours of a grid have one noise level: the weights would divide by the step."""
+    same = sde.logsnr(times).diff() == 0
+    if bool(same.any()):
+        i = int(same.int().argmax())
         raise ValueError(f"times {times[i]:.17g} and {times[i + 1]:.17g} have the same noise level to rounding; drop one of them")
-    return lam
 
 
 def lines(variable: Variable, sde: LinearSDE, times: Tensor) -> list[tuple[float, float, float]]:
@@ -203,7 +204,6 @@ def lines(variable: Variable, sde: LinearSDE, times: Tensor) -> list[tuple[float
 
 def single_rows(variable: Variable, coordinate: Clock, sde: LinearSDE, times: Tensor, tableau: Tableau) -> tuple[Row, ...]:
     """The rows of a tableau on each step: evaluation i is of x_i = m_i (x / m_t + sum_j c_ij q_j), q_j = p_j x_j + r_j x0_j."""
-    lams(sde, times)
     clock = coordinate if tableau.through else variable.clock
     w = clock.at(sde, times)
     width = 1 + len(tableau.fractions)
@@ -334,7 +334,6 @@ class Multistep(Linear):
     def rows(self, sde: LinearSDE, times: Tensor) -> tuple[Row, ...]:
         """The single steps of the start, then one evaluation a step."""
         n = len(times) - 1
-        lams(sde, times)
         count, tableau = self._single_steps(n)
         made: list[Row] = []
         if count:
