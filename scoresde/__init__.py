@@ -4,7 +4,7 @@ The names here are the whole everyday vocabulary; the modules hold the functions
 `loss` (weights, time distributions), `parameterizations` (what a network predicts), `noise`, `metrics`, `checkpoint`.
 """
 
-from . import checkpoint, grid, loss, metrics, nets, noise, parameterizations, solvers, variables
+from . import checkpoint, grid, loss, metrics, nets, noise, orders, parameterizations, solvers, variables
 from .checks import NonFiniteError
 from .denoiser import Denoiser, Preconditioned, Wrapped, flow, reverse_drift
 from .exact import Empirical, Gaussian, Mixture
@@ -19,12 +19,18 @@ from .sde import EDM, SDE, VE, VP, Cosine, DiscreteVP, LinearSDE, Rectified, Sub
 from .solvers import (
     DDIM,
     DEIS,
+    ERSDE,
     IPNDM,
     MALA,
     RK4,
+    SEEDS,
+    SRA1,
+    SRA3,
     AdamsBashforth,
     AdamsMoulton,
     Ancestral,
+    AnnealedLangevin,
+    Churn,
     DPMSolver,
     DPMSolverPP,
     Euler,
@@ -32,7 +38,12 @@ from .solvers import (
     Heun,
     Langevin,
     PredictorCorrector,
+    Restart,
+    ReverseDiffusion,
+    SASolver,
+    SDEDPMSolverPP,
     Solver,
+    StochasticHeun,
     StochasticSolver,
     TorchDiffEq,
     UniPC,
@@ -42,11 +53,13 @@ from .train import EMA, Step, fit
 __version__ = "0.1.0"
 
 __all__ = [
-    "DDIM", "DEIS", "EDM", "EMA", "IPNDM", "MALA", "MLP", "RK4", "SDE", "VE", "VP", "AdamsBashforth", "AdamsMoulton",
-    "Ancestral", "BitsPerDim", "Clipped", "Cosine", "DPMSolver", "DPMSolverPP", "Denoiser", "DiscreteVP", "Empirical",
-    "Euler", "EulerMaruyama", "Gaussian", "Heun", "Langevin", "LinearSDE", "LogProb", "Mixture", "NonFiniteError", "Oracle",
-    "Preconditioned", "Prediction", "PredictorCorrector", "Quantized", "Rectified", "Solution", "Solver", "Step",
-    "StochasticSolver", "SubVP", "Tabulated", "Thresholded", "TorchDiffEq", "UNet", "UniPC", "Wrapped", "bits_per_dim",
-    "checkpoint", "decode", "dsm_loss", "encode", "fit", "flow", "grid", "log_prob", "loss", "metrics", "nets", "noise",
-    "parameterizations", "reverse_drift", "sample", "solvers", "trajectory", "variables",
+    "DDIM", "DEIS", "EDM", "EMA", "ERSDE", "IPNDM", "MALA", "MLP", "RK4", "SDE", "SEEDS", "SRA1", "SRA3", "VE", "VP",
+    "AdamsBashforth", "AdamsMoulton", "Ancestral", "AnnealedLangevin", "BitsPerDim", "Churn", "Clipped", "Cosine",
+    "DPMSolver", "DPMSolverPP", "Denoiser", "DiscreteVP", "Empirical", "Euler", "EulerMaruyama", "Gaussian", "Heun",
+    "Langevin", "LinearSDE", "LogProb", "Mixture", "NonFiniteError", "Oracle", "Preconditioned", "Prediction",
+    "PredictorCorrector", "Quantized", "Rectified", "Restart", "ReverseDiffusion", "SASolver", "SDEDPMSolverPP", "Solution",
+    "Solver", "Step", "StochasticHeun", "StochasticSolver", "SubVP", "Tabulated", "Thresholded", "TorchDiffEq", "UNet",
+    "UniPC", "Wrapped", "bits_per_dim", "checkpoint", "decode", "dsm_loss", "encode", "fit", "flow", "grid", "log_prob",
+    "loss", "metrics", "nets", "noise", "orders", "parameterizations", "reverse_drift", "sample", "solvers", "trajectory",
+    "variables",
 ]  # fmt: skip

@@ -85,6 +85,14 @@ def karras(sde: LinearSDE, n: int, rho: float = 7.0) -> Tensor:
     return _snap(sde.time(-2 * rho * (a + _fractions(n) * (b - a)).log()), sde)
 
 
+def between(sde: LinearSDE, n: int, high: float, end: Tensor) -> Tensor:
+    """n steps uniform in (sigma / alpha)^(1 / 7) from the time where sigma / alpha = high down to `end`: one pass of Restart."""
+    a, b = high ** (1 / 7), sde.rho(end) ** (1 / 7)
+    times = sde.time(-14 * (a + _fractions(n) * (b - a)).log()).clamp(sde.t_min, sde.t_max)
+    times[-1] = end
+    return check_times(times, sde)
+
+
 def rectified(sde: LinearSDE, n: int, power: float = 1.0) -> Tensor:
     """Uniform in tau^(1 / power), tau = sigma / (alpha + sigma), the time of rectified flow (power 1). Liu et al. 2023 (ICLR).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from scoresde import sde as sdes
 from scoresde import solvers, variables
 from scoresde.exact import Gaussian, Mixture
 from scoresde.noise import Noise
+from scoresde.orders import affine_law, on_path, slopes
 from scoresde.sample import solve, steps_within
 
 D = torch.float64
@@ -37,6 +39,13 @@ def every_sde() -> dict[str, sdes.LinearSDE]:
 
 
 SIX = ("VP", "SubVP", "VE", "EDM", "Cosine", "Rectified")
+
+
+def square(rho: Tensor) -> Tensor:
+    """ER-SDE's phi for the reverse SDE."""
+    return rho**2
+
+
 VARIANTS = {
     "AdamsBashforth": [
         dict(order=2, variable=variables.velocity), dict(order=3, variable=variables.velocity), dict(order=4, variable=variables.velocity),
@@ -48,7 +57,12 @@ VARIANTS = {
         dict(order=2, variable=variables.velocity), dict(order=3, variable=variables.eps), dict(order=4, variable=variables.velocity),
         dict(order=3, variable=variables.V(0.5)),
     ],
-    "Ancestral": [dict(upper=0.0), dict(upper=1.0)],
+    "Ancestral": [dict(upper=0.0), dict(upper=1.0), dict(upper=0.5)],
+    "AnnealedLangevin": [dict(snr=0.1, moves=3)],
+    "Churn": [
+        dict(solver=solvers.Heun(), s_churn=10.0), dict(solver=solvers.DDIM(), s_churn=4.0, s_min=0.05, s_max=5.0),
+        dict(solver=solvers.AdamsBashforth(3), s_churn=4.0, s_min=0.05, s_max=5.0),
+    ],
     "DDIM": [dict(eta=0.0), dict(eta=1.0), dict(eta=0.5)],
     "DEIS": [
         dict(order=0), dict(order=1), dict(order=2), dict(order=3), dict(order=3, coordinate=variables.rho),
@@ -59,15 +73,33 @@ VARIANTS = {
         dict(order=1), dict(order=2), dict(order=3), dict(order=2, weights=solvers.exact), dict(order=2, singlestep=True),
         dict(order=3, singlestep=True),
     ],
+    "ERSDE": [
+        dict(degree=1), dict(degree=2), dict(degree=3), dict(degree=3, phi=square), dict(degree=3, phi=square, weights=solvers.exact),
+    ],
     "Euler": [dict(), dict(variable=variables.time)],
     "Heun": [dict(), dict(variable=variables.time)],
     "IPNDM": [dict(order=1), dict(order=2), dict(order=3), dict(order=4)],
     "PredictorCorrector": [
-        dict(predictor=solvers.EulerMaruyama(), corrector=solvers.Langevin(0.1)),
-        dict(predictor=solvers.Ancestral(), corrector=solvers.Langevin(0.1), corrections=2),
+        dict(predictor=solvers.ReverseDiffusion(), corrector=solvers.Langevin(0.1)),
+        dict(predictor=solvers.Ancestral(), corrector=solvers.Langevin(0.1), corrector_steps=2),
+        dict(predictor=solvers.DDIM(), corrector=solvers.Langevin(0.1), corrector_first=True),
         dict(predictor=solvers.DDIM(), corrector=solvers.MALA(0.1)),
     ],
+    "Restart": [
+        dict(solver=solvers.Heun(), intervals=((0.06, 0.5, 3, 2),)),
+        dict(solver=solvers.UniPC(3), intervals=((0.06, 0.5, 4, 1), (0.5, 2.0, 3, 2))),
+    ],
     "RK4": [dict(), dict(variable=variables.velocity)],
+    "SASolver": [
+        dict(predictor=1), dict(predictor=2), dict(predictor=3), dict(predictor=3, corrector=0), dict(predictor=3, tau=0.5),
+        dict(predictor=3, tau=solvers.Band(0.05, 1.0)),
+    ],
+    "SDEDPMSolverPP": [
+        dict(degree=1), dict(degree=2), dict(degree=3), dict(degree=2, weights=solvers.exact), dict(degree=2, tau=0.5),
+        dict(degree=2, singlestep=True), dict(degree=3, singlestep=True),
+    ],
+    "SEEDS": [dict(degree=1), dict(degree=2), dict(degree=3), dict(degree=2, tau=0.5)],
+    "StochasticHeun": [dict(), dict(tau=0.5)],
     "UniPC": [
         dict(order=1), dict(order=2), dict(order=3), dict(order=4), dict(order=2, weights=solvers.bh1),
         dict(order=3, weights=solvers.exact), dict(order=3, variable=variables.eps),
@@ -154,45 +186,80 @@ def full_range(solver: solvers.Solver, sde: sdes.LinearSDE, budgets: tuple[int, 
     return errors
 
 
-class Impulses(Noise):
-    """Noise that is zero but for one unit entry a row: row 2 + k feels draw k // D in dimension k % D. Probes a linear chain."""
+class Line(scoresde.Denoiser):
+    """The exact x0 of N(0.6, 0.45^2), an evaluation as cheap as one can be."""
 
-    def __init__(self, rows: int) -> None:
-        self.rows, self.draws = rows, 0
+    mean, var = 0.6, 0.45**2
 
-    def draw(self, x: Tensor, stream: int) -> Tensor:
-        z = torch.zeros_like(x)
-        d = x[0].numel()
-        for j in range(d):
-            row = 1 + d + self.draws * d + j
-            if row < self.rows:
-                z.view(len(x), -1)[row, j] = 1
-        self.draws += 1
-        return z
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        a, s = self.sde.alpha(t), self.sde.sigma(t)
+        return self.mean + (a * self.var / (a**2 * self.var + s**2)) * (x - a * self.mean)
 
-    uniform = signs = None
-
-    def select(self, index: object) -> Noise:
-        return self
+    def law(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        a, s = self.sde.alpha(t), self.sde.sigma(t)
+        return (a * self.mean)[None], (a**2 * self.var + s**2)[None, None]
 
 
-def linear_law(solver: solvers.Solver, denoiser: Gaussian, times: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    """Exact (mean, covariance) of a stochastic solver's x on a Gaussian problem: its chain is affine in x and in each draw.
+def weak_errors(solver: solvers.Solver, sde: sdes.LinearSDE, counts: tuple[int, ...]) -> tuple[list[float], list[float]]:
+    """(errors, slopes): of mean and deviation of x / alpha, where rho = 1/2 and at t_min, added; no Monte Carlo.
 
-    One run with a row for the offset, one a dimension for the map, one a draw and dimension for the noise: no Monte Carlo.
+    On the grid the solver recommends. At the end alone some solvers gain an order on a Gaussian, by a cancellation over the whole of lam;
+    half way they do not.
     """
-    d = denoiser.shape.numel()
-    rows = 1 + d + draws * d
-    x = torch.zeros(rows, d, dtype=D)
-    x[1 : 1 + d] = torch.eye(d, dtype=D)
-    noise = Impulses(rows)
-    last = run(denoiser, solver, x, times, noise)
-    if noise.draws != draws:
-        raise AssertionError(f"{solver!r} drew {noise.draws} times, the test allowed for {draws}")
-    offset, effect = last[0], last[1:] - last[0]
-    a, b = effect[:d], effect[d:]
-    start_mean, start_cov = gaussian_law(denoiser, times[0])
-    return offset + start_mean @ a, a.T @ start_cov @ a + b.T @ b
+    denoiser, errors = Line(sde), []
+    for n in counts:
+        times = solver.grid(sde, n)
+        half = int((sde.rho(solver.grid(sde, counts[0])) - 0.5).abs().argmin()) * n // counts[0]
+        error = 0.0
+        for part in (times[: half + 1], times):
+            (mean, cov), (mean_t, cov_t) = affine_law(denoiser, solver, part, *denoiser.law(times[0])), denoiser.law(part[-1])
+            error += float(((mean - mean_t).abs() + (cov.sqrt() - cov_t.sqrt()).abs()[0]) / sde.alpha(part[-1]))
+        errors.append(error)
+    return errors, slopes(counts, errors)
+
+
+PATH_SDES = {"VE": sdes.VE(sigma_min=0.1, sigma_max=3.0), "VP": sdes.VP(t_min=0.1), "EDM": sdes.EDM(t_min=0.2, t_max=5.0)}
+PATH_STEPS = (128, 256, 512)
+SWITCHED = solvers.SASolver(
+    3, tau=solvers.Band(0.1 * 30**0.25, 0.1 * 30**0.75)
+)  # at nodes of VE's grids; between nodes a switch is O(h) late
+
+
+def path_problem(name: str) -> Mixture:
+    """A 1-D mixture of two, whose score bends enough for a term of order 1.5 to show beside those of order 2."""
+    m, std = (0.5, 0.05) if name == "VP" else (0.8, 0.3)
+    means, widths = torch.tensor([[m], [0.1 - m]], dtype=D), torch.tensor([std, std + 0.1], dtype=D)
+    return Mixture(PATH_SDES[name], means, widths, weights=torch.tensor([0.6, 0.4], dtype=D))
+
+
+@functools.cache
+def path_end(solver: solvers.Solver, name: str, steps: int, paths: int) -> Tensor:
+    """x at t_min on `steps` uniform steps of t, whose times are dyadic: the path costs least there."""
+    denoiser, sde = path_problem(name), PATH_SDES[name]
+    times = torch.linspace(sde.t_max, sde.t_min, steps + 1, dtype=D)
+    return on_path(denoiser, solver, denoiser.sample(paths, times[0], seeds=range(paths)), times, range(paths))
+
+
+def strong_slope(
+    solver: solvers.Solver, name: str, counts: tuple[int, ...] = PATH_STEPS, paths: int = 2000
+) -> tuple[list[float], float]:
+    """(errors, slope of the first to the last): RMS distance along one Brownian path a sample to a fine solution.
+
+    Solvers of the reverse SDE are held to SRA3's, so that all have one limit; those of another noise level to their own.
+    """
+    one = level_of(solver) == 1
+    fine = path_end(solvers.SRA3() if one else solver, name, 2048, paths)
+    counts = counts if one else tuple(n // 4 for n in counts)  # their own error, not 0 at 2048 steps, bends the slope less
+    errors = [float((path_end(solver, name, n, paths) - fine).square().mean().sqrt()) for n in counts]
+    return errors, slopes((counts[0], counts[-1]), (errors[0], errors[-1]))[0]
+
+
+def level_of(solver: solvers.Solver) -> float | None:
+    """1 for a solver of the reverse SDE, else None."""
+    level = getattr(solver, "level", None)
+    if level is None:
+        return None if getattr(solver, "eta", 1.0) != 1 else 1
+    return 1 if getattr(level, "tau", None) == 1 or getattr(level, "phi", None) is square else None
 
 
 def gaussian_law(denoiser: Gaussian, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,10 @@ def returning(value):
     return s.sample(s.Wrapped.from_eps(lambda x, t: value, VP), (4, 2), steps=2)
 
 
+def noisy(variable, clock, level=None):
+    return s.solvers.NoisyMultistep(variable, clock, 2, startup=False, level=level or s.solvers.Tau(1.0))
+
+
 class Answer(s.Denoiser):
     def __init__(self, value):
         super().__init__(VP)
@@ -292,7 +296,59 @@ CASES = [
     ("MALA log_prob", lambda: s.MALA(log_prob=3), F, r"log_prob is int; wanted a callable \(x, s\) -> log p_s\(x\) \[B\], or None"),
     ("predictor a class", lambda: s.PredictorCorrector(s.Heun), F, r"predictor is <function Heun.*; wanted a Solver and a Langevin"),
     ("corrector a predictor", lambda: s.PredictorCorrector(s.Heun(), s.Heun()), F, r"corrector is Heun\(\); wanted a Solver and a Langevin"),
-    ("corrections 0", lambda: s.PredictorCorrector(s.Heun(), corrections=0), V, r"corrections is 0; wanted an integer of at least 1"),
+    ("corrector_steps 0", lambda: s.PredictorCorrector(s.Heun(), corrector_steps=0), V, r"corrector_steps is 0; wanted an integer of at"),
+    ("corrector_first 1", lambda: s.PredictorCorrector(s.Heun(), corrector_first=1), F, r"corrector_first is 1; wanted True or False"),
+    ("AnnealedLangevin moves 0", lambda: s.AnnealedLangevin(moves=0), V, r"moves is 0; wanted an integer of at least 1"),
+    ("SDE-DPM++ degree 4", lambda: s.SDEDPMSolverPP(4), V, r"degree is 4; wanted an integer from 1 to 3"),
+    ("SDE-DPM++ tau negative", lambda: s.SDEDPMSolverPP(2, tau=-1.0), V, r"tau is -1.0; wanted a finite number in \[0, inf\)"),
+    ("SDE-DPM++ tau a word", lambda: s.SDEDPMSolverPP(2, tau="1"), F, r"tau is str; wanted a number"),
+    ("SDE-DPM++ weights", lambda: s.SDEDPMSolverPP(2, singlestep=True, weights=s.solvers.exact), V, r"are of the multistep form; drop"),
+    ("SEEDS degree 0", lambda: s.SEEDS(0), V, r"degree is 0; wanted an integer of at least 1"),
+    ("SA predictor 5", lambda: s.SASolver(5), V, r"predictor is 5; wanted an integer from 1 to 4"),
+    ("SA corrector 5 of 2", lambda: s.SASolver(2, 5), V, r"corrector is 5 with nodes=2; wanted 0, or 2 to nodes \+ 1"),
+    (
+        "tau(rho) a number",
+        lambda: sample(s.SASolver(2, tau=lambda rho: 1.0), steps=4, seeds=range(4)),
+        V,
+        r"tau\(rho\) gave float for rho \[4, 1\] float64; wanted finite numbers >= 0 of its shape, as Band",
+    ),
+    ("tau(rho) negative", lambda: sample(s.SASolver(2, tau=lambda rho: -rho), steps=4, seeds=range(4)), V, r"wanted finite numbers >= 0"),
+    ("Band empty", lambda: s.solvers.Band(1.0, 0.5), V, r"low is 1 and high 0.5; wanted low < high"),
+    ("ERSDE phi a number", lambda: s.ERSDE(2, phi=2.0), F, r"phi is float; wanted a torch function of rho"),
+    (
+        "ERSDE phi too flat",
+        lambda: sample(s.ERSDE(2, phi=torch.sqrt), steps=4, seeds=range(4)),
+        V,
+        r"d log phi / d log rho is 0.5 at rho = .*; wanted at least 1: phi must grow as fast as rho",
+    ),
+    ("ERSDE phi negative", lambda: sample(s.ERSDE(2, phi=lambda r: -r), steps=4, seeds=range(4)), V, r"wanted finite numbers > 0 of its"),
+    ("noisy velocity", lambda: noisy(s.variables.velocity, s.variables.tau), V, r"variable is velocity, .*; wanted x0 or eps, and a Clock"),
+    ("noisy without a clock", lambda: noisy(s.variables.x0, None), V, r"coordinate None; wanted x0 or eps, and a Clock"),
+    ("Phi with eps", lambda: noisy(s.variables.eps, s.variables.lam, s.solvers.Phi(torch.square)), F, r"level is Phi\(.*; wanted a .*Tau"),
+    ("Churn of a class", lambda: s.Churn(s.DDIM, 1.0), F, r"solver is <function DDIM.*; wanted a Solver, as in Heun\(\)"),
+    ("Churn negative", lambda: s.Churn(s.Heun(), -1.0), V, r"s_churn is -1.0; wanted a finite number in \[0, inf\)"),
+    ("Churn band", lambda: s.Churn(s.Heun(), 1.0, 2.0, 1.0), V, r"s_min is 2 and s_max 1; wanted s_min < s_max"),
+    ("Churn of Churn", lambda: s.Churn(s.Churn(s.Heun(), 1.0), 1.0), V, r"sets its noise by the number of times in the whole grid"),
+    ("Churn of Restart", lambda: s.Churn(s.Restart(s.Heun(), [(0.1, 1.0, 2, 1)]), 1.0), V, r"belongs to the whole grid; wanted a solver"),
+    ("Restart without intervals", lambda: s.Restart(s.Heun(), []), F, r"intervals is \[\]; wanted \(low, high, steps, repeats\) ones"),
+    ("Restart one interval", lambda: s.Restart(s.Heun(), (0.1, 1.0, 2, 1)), F, r"wanted \(low, high, steps, repeats\) ones, as in \[\("),
+    ("Restart interval of three", lambda: s.Restart(s.Heun(), [(0.1, 1.0, 2)]), F, r"wanted \(low, high, steps, repeats\) ones"),
+    ("Restart upside down", lambda: s.Restart(s.Heun(), [(1.0, 0.1, 2, 1)]), V, r"the interval \(1, 0.1\) is empty; wanted low < high"),
+    ("Restart no steps", lambda: s.Restart(s.Heun(), [(0.1, 1.0, 0, 1)]), V, r"steps is 0; wanted an integer of at least 1"),
+    (
+        "Restart above t_max",
+        lambda: sample(s.Restart(s.Heun(), [(0.1, 1e4, 2, 1)]), steps=9, seeds=range(4)),
+        V,
+        r"the interval \(0.1, 10000\) leaves the levels rho of this grid and SDE",
+    ),
+    (
+        "Restart below the grid",
+        lambda: sample(s.Restart(s.Heun(), [(1e-4, 1.0, 2, 1)]), steps=9, seeds=range(4)),
+        V,
+        r"the interval \(0.0001, 1\) leaves the levels rho",
+    ),
+    ("Euler-Maruyama too coarse", lambda: sample(s.EulerMaruyama(), steps=2, seeds=range(4)), V, r"\|f\| h = .*wanted at most 2; take more"),
+    ("a stochastic solver in log_prob", lambda: log_prob(s.Churn(s.Heun(), 1.0), steps=2), F, r"is stochastic and has no inverse and no"),
     ("unknown method", lambda: s.TorchDiffEq("rk45"), V, r"method is 'rk45'; wanted one of \['adaptive_heun'.*'dopri5'"),
     ("rtol negative", lambda: s.TorchDiffEq(rtol=-1e-3), V, r"rtol is -0.001; wanted a finite number in \[0, 1\]"),
     ("atol 0", lambda: s.TorchDiffEq(atol=0.0), V, r"atol is 0.0; wanted a finite number in \(0, inf\)"),

@@ -34,6 +34,7 @@ ARROWS = {
     "solvers": {"oracle", "variables", "grid", "denoiser", "linear", "noise", "checks"},
     "sample": (STEPS - {"sample"}) | {"variables"},
     "likelihood": STEPS,
+    "orders": {"sample", "solvers", "denoiser", "noise", "grid", "checks"},
     "loss": {"denoiser", "linear", "noise", "checks"},
     "train": {"loss", "denoiser", "noise", "checks"},
     "checkpoint": {"nets", "parameterizations", "sde", "linear", "denoiser", "checks"},

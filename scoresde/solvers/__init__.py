@@ -2,17 +2,26 @@
 
 from .adaptive import TorchDiffEq
 from .base import Solver, StochasticSolver
-from .corrector import MALA, Langevin, PredictorCorrector
+from .corrector import MALA, AnnealedLangevin, Langevin, PredictorCorrector
 from .exponential import Multistep as Multistep
 from .exponential import SingleStep as SingleStep
-from .exponential import Tableau as Tableau
 from .families import DDIM, DEIS, IPNDM, RK4, AdamsBashforth, AdamsMoulton, DPMSolver, DPMSolverPP, Euler, Heun, UniPC
-from .stochastic import Ancestral, EulerMaruyama
+from .reverse import ERSDE, SEEDS, SASolver, SDEDPMSolverPP, StochasticHeun
+from .reverse import Band as Band
+from .reverse import NoisyMultistep as NoisyMultistep
+from .reverse import NoisySingleStep as NoisySingleStep
+from .reverse import Phi as Phi
+from .reverse import Tau as Tau
+from .stochastic import SRA1, SRA3, Ancestral, EulerMaruyama, ReverseDiffusion
+from .tableau import Tableau as Tableau
 from .weights import bh1 as bh1
 from .weights import bh2 as bh2
 from .weights import exact as exact
+from .weights import taylor as taylor
+from .wrappers import Churn, Restart
 
 __all__ = [
-    "DDIM", "DEIS", "IPNDM", "MALA", "RK4", "AdamsBashforth", "AdamsMoulton", "Ancestral", "DPMSolver", "DPMSolverPP", "Euler",
-    "EulerMaruyama", "Heun", "Langevin", "PredictorCorrector", "Solver", "StochasticSolver", "TorchDiffEq", "UniPC",
+    "DDIM", "DEIS", "ERSDE", "IPNDM", "MALA", "RK4", "SEEDS", "SRA1", "SRA3", "AdamsBashforth", "AdamsMoulton", "Ancestral",
+    "AnnealedLangevin", "Churn", "DPMSolver", "DPMSolverPP", "Euler", "EulerMaruyama", "Heun", "Langevin", "PredictorCorrector",
+    "Restart", "ReverseDiffusion", "SASolver", "SDEDPMSolverPP", "Solver", "StochasticHeun", "StochasticSolver", "TorchDiffEq", "UniPC",
 ]  # fmt: skip

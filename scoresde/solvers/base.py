@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..grid import logsnr
 from ..oracle import Oracle
 
-__all__ = ["Solver"]
+__all__ = ["Around", "Solver", "StochasticSolver"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ class Solver(ABC):
         """Oracle calls that `steps` intervals cost, exactly."""
         return steps
 
+    def in_pieces(self) -> Solver:
+        """The same rule for a path that noise cuts in pieces, each started afresh; its evaluations add up over the pieces."""
+        return self
+
+    def starts(self, sde: Any, pieces: Sequence[Tensor]) -> list[Any]:
+        """`start` on each of several grids."""
+        return [self.start(sde, times) for times in pieces]
+
 
 @dataclass(frozen=True)
 class StochasticSolver(Solver):
@@ -76,3 +85,42 @@ class StochasticSolver(Solver):
     @abstractmethod
     def strong_order(self) -> float:
         """Order of the path of x given the Brownian path."""
+
+
+@dataclass(frozen=True)
+class Around(StochasticSolver):
+    """A stochastic solver made of another, `inner`, which recommends the grid and says what it is like."""
+
+    strong_order = 0.0  # the noise it adds belongs to no interval of the path
+
+    @property
+    @abstractmethod
+    def inner(self) -> Solver:
+        """The solver that goes from t to s."""
+
+    @property
+    def grid(self) -> Any:
+        """The inner solver's."""
+        return self.inner.grid
+
+    @property
+    def adaptive(self) -> bool:
+        """The inner solver's."""
+        return self.inner.adaptive
+
+    @property
+    def batchwise(self) -> bool:
+        """The inner solver's."""
+        return self.inner.batchwise
+
+    @property
+    def invariant(self) -> bool:
+        """The inner solver's."""
+        return self.inner.invariant
+
+    @property
+    def weak_order(self) -> float:
+        """The inner solver's (of a flow: its order); 1 at most where it has a past, which is of states before the noise."""
+        inner = self.inner
+        order = inner.weak_order if isinstance(inner, StochasticSolver) else float(inner.order)
+        return min(order, 1.0) if inner.past else order

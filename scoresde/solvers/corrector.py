@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from ..checks import check_callable, check_count, check_number, shape_of
 from ..linear import cast
 from ..noise import CORRECTOR
 from ..oracle import Oracle
-from .base import Solver, StochasticSolver
+from .base import Around, Solver, StochasticSolver
 
-__all__ = ["MALA", "Langevin", "PredictorCorrector"]
+__all__ = ["MALA", "AnnealedLangevin", "Hold", "Langevin", "PredictorCorrector"]
 
 
 @dataclass(frozen=True)
@@ -90,52 +90,39 @@ class MALA(Langevin):
 
 
 @dataclass(frozen=True)
-class PredictorCorrector(StochasticSolver):
-    """`predictor` from t to s, then `corrections` moves of `corrector` at s. Song et al. 2021 (ICLR), algorithm 1.
+class PredictorCorrector(Around):
+    """`predictor` from t to s and `corrector_steps` moves of `corrector`, at s after it or (corrector_first) at t before it.
 
     Any solver predicts; the corrector is a chain at fixed time (Langevin, MALA). The weak order is the lesser of the two's (a biased
     corrector leaves its bias however many the steps), and 1 at most around a predictor with a past, which is of states before the move.
+    Song et al. 2021 (ICLR), algorithm 1; corrector_first is the order of their code.
     """
 
     predictor: Solver
     corrector: Langevin = Langevin()
-    corrections: int = 1
+    corrector_steps: int = 1
+    corrector_first: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.predictor, Solver) or not isinstance(self.corrector, Langevin):
             raise TypeError(f"predictor is {self.predictor!r}, corrector is {self.corrector!r}; wanted a Solver and a Langevin")
-        check_count(self.corrections, "corrections")
+        check_count(self.corrector_steps, "corrector_steps")
+        if not isinstance(self.corrector_first, bool):
+            raise TypeError(f"corrector_first is {self.corrector_first!r}; wanted True or False")
 
     @property
-    def grid(self) -> Any:
-        """The predictor's."""
-        return self.predictor.grid
-
-    @property
-    def adaptive(self) -> bool:
-        """The predictor's."""
-        return self.predictor.adaptive
-
-    @property
-    def batchwise(self) -> bool:
-        """The predictor's."""
-        return self.predictor.batchwise
-
-    @property
-    def invariant(self) -> bool:
-        """The predictor's."""
-        return self.predictor.invariant
+    def inner(self) -> Solver:
+        """The predictor."""
+        return self.predictor
 
     @property
     def weak_order(self) -> float:
-        """The lesser of the predictor's (of a flow: its order) and the corrector's; 1 at most around a predictor with a past."""
-        predictor = self.predictor.weak_order if self.predictor.stochastic else float(self.predictor.order)  # type: ignore[attr-defined]
-        return min(predictor, self.corrector.weak_order, 1.0 if self.predictor.past else math.inf)
+        """The lesser of the predictor's and the corrector's; 1 at most around a predictor with a past."""
+        return min(super().weak_order, self.corrector.weak_order)
 
-    @property
-    def strong_order(self) -> float:
-        """0: the corrector's noise has no path to converge along."""
-        return 0.0
+    def in_pieces(self) -> PredictorCorrector:
+        """The predictor in pieces."""
+        return replace(self, predictor=self.predictor.in_pieces())
 
     def start(self, sde: Any, times: Tensor) -> Any:
         """The predictor's state."""
@@ -143,11 +130,38 @@ class PredictorCorrector(StochasticSolver):
 
     def evaluations(self, steps: int) -> int:
         """The predictor's and the moves'."""
-        return self.predictor.evaluations(steps) + self.corrector.evaluations(steps * self.corrections)
+        return self.predictor.evaluations(steps) + self.corrector.evaluations(steps * self.corrector_steps)
 
     def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x_s from x_t."""
-        x, state = self.predictor.step(oracle, x, t, s, state)
-        for _ in range(self.corrections):
-            x, _ = self.corrector.step(oracle, x, s, s, None)
-        return x, state
+        if not self.corrector_first:
+            x, state = self.predictor.step(oracle, x, t, s, state)
+        at = t if self.corrector_first else s
+        for _ in range(self.corrector_steps):
+            x, _ = self.corrector.step(oracle, x, at, at, None)
+        return self.predictor.step(oracle, x, t, s, state) if self.corrector_first else (x, state)
+
+
+@dataclass(frozen=True)
+class Hold(Solver):
+    """x / alpha as it is, with no evaluation: the predictor of annealed Langevin dynamics. Order 0: it moves nothing."""
+
+    order = 0
+
+    def evaluations(self, steps: int) -> int:
+        """None."""
+        return 0
+
+    def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """(alpha_s / alpha_t) x."""
+        return cast(oracle.sde.alpha(s) / oracle.sde.alpha(t), x) * x, state
+
+
+def AnnealedLangevin(snr: float = 0.16, moves: int = 100) -> PredictorCorrector:
+    """Annealed Langevin dynamics (NCSN): at each time of the grid `moves` moves of `Langevin(snr)`, from the end of the last.
+
+    `moves` evaluations a step. NCSN's step eps sigma_i^2 / sigma_L^2 is 2 h: snr = sqrt(eps) / (2 sigma_L), which is 0.22 for its
+    eps = 2e-5, sigma_L = 0.01 and 100 moves. Its bias does not vanish with more steps (weak order 0). Song & Ermon 2019 (NeurIPS),
+    algorithm 1, under any SDE by x / alpha.
+    """
+    return PredictorCorrector(Hold(), Langevin(snr), check_count(moves, "moves"))

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,57 +25,15 @@ from ..oracle import Oracle
 from ..variables import Clock, Variable, check_variable
 from ..variables import t as time_clock
 from .base import Solver
-from .weights import Array, Weights, bh1, exact, segments
+from .tableau import CLASSIC, MIDPOINT, THIRDS, Tableau
+from .weights import Array, Frame, Weights, bh1, exact
 
-__all__ = ["Multistep", "SingleStep", "Tableau"]
-
-
-@dataclass(frozen=True)
-class Tableau:
-    """The evaluations inside one step. `fractions`: where they sit in the step, the first at 0; then one of
-
-    through: for evaluation 1, 2, ... and last for the end, the earlier evaluations whose interpolant makes it;
-    shares: the same, as weights of all the earlier evaluations in units of the step of u (then the fractions are of u).
-    """
-
-    order: int
-    fractions: tuple[float, ...]
-    through: tuple[tuple[int, ...], ...] = ()
-    shares: tuple[tuple[float, ...], ...] = ()
-
-    def __post_init__(self) -> None:
-        rows = self.through or self.shares
-        if (
-            not self.fractions
-            or self.fractions[0] != 0
-            or bool(self.through) == bool(self.shares)
-            or len(rows) != len(self.fractions)
-        ):
-            raise ValueError(
-                f"fractions is {self.fractions}, {len(rows)} rows in through or shares; wanted the first fraction 0 and one row an "
-                "evaluation, in one of the two"
-            )
-        wrong = [
-            i for i, row in enumerate(rows) if (len(row) != i + 1 if self.shares else not row or not set(row) <= set(range(i + 1)))
-        ]
-        sums = [abs(sum(row) - end) for row, end in zip(self.shares, (*self.fractions[1:], 1.0), strict=False)]
-        if sums and max(sums) > 1e-12:
-            i = sums.index(max(sums))
-            end = (*self.fractions[1:], 1.0)[i]
-            raise ValueError(f"row {i} of shares is {self.shares[i]}; wanted weights that add to where it ends: {end}")
-        if wrong:
-            raise ValueError(f"row {wrong[0]} of the tableau is {rows[wrong[0]]}; wanted it made of the evaluations before it")
-
-
-MIDPOINT = Tableau(2, (0.0, 1 / 2), ((0,), (1,)))
-TRAPEZOID = Tableau(2, (0.0, 1.0), ((0,), (0, 1)))
-THIRDS = Tableau(3, (0.0, 1 / 3, 2 / 3), ((0,), (0, 1), (0, 2)))
-CLASSIC = Tableau(4, (0.0, 1 / 2, 1 / 2, 1.0), shares=((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)))
+__all__ = ["Multistep", "SingleStep"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One step from t to s, ready to run. Coefficients are of [x, `past` earlier q (newest first), the x0 evaluated so far]."""
+    """One step from t to s, ready to run. Coefficients are of [x, `past` earlier q (newest first), noises, the x0 evaluated so far]."""
 
     t: float
     s: float
@@ -83,6 +42,7 @@ class Row:
     final: tuple[float, ...]
     keep: tuple[float, float] = (0.0, 0.0)  # (p, r) of this step's q
     hold: int = 0  # how many q later steps will read: this one's, if any, and the last before it
+    draws: tuple[tuple[Tensor, Tensor], ...] = ()  # the intervals that noise is drawn for
 
 
 def combine(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
@@ -130,13 +90,21 @@ class Linear(Solver):
         shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.compare]
         return f"{type(self).__name__}({', '.join(shown)})"
 
+    def frame(self, sde: LinearSDE, t: Tensor) -> Frame:
+        """What y and u are on the steps that start at times t."""
+        return Frame(self.variable, sde, t)
+
     @abstractmethod
-    def rows(self, sde: LinearSDE, times: Tensor) -> tuple[Row, ...]:
-        """Every step of the grid."""
+    def rows(self, sde: LinearSDE, pieces: Sequence[Tensor]) -> list[tuple[Row, ...]]:
+        """Every step of each grid."""
 
     def start(self, sde: LinearSDE, times: Tensor) -> Any:
         """(rows, the number of the next, past q newest first)."""
-        return _remembered(self, sde, times), 0, ()
+        return self.starts(sde, [times])[0]
+
+    def starts(self, sde: LinearSDE, pieces: Sequence[Tensor]) -> list[Any]:
+        """`start` on each of several grids, whose weights are found together."""
+        return [(rows, 0, ()) for rows in _remembered(self, sde, pieces)]
 
     def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x_s from x_t `[B, *shape]`; t and s are those `start` was given, or any with state=None."""
@@ -149,8 +117,10 @@ class Linear(Solver):
                 f"step {k} of this grid runs from t = {row.t:.6g} to {row.s:.6g}, got {float(t):.6g} and {float(s):.6g}; start the "
                 "solver on the grid it runs on"
             )
-        known = [x, *past[: row.past], oracle.mean(x, t)]
-        x0 = known[-1]
+        known = [x, *past[: row.past]]
+        if row.draws:
+            known += [oracle.noise(x, a, b) for a, b in row.draws]
+        known.append(x0 := oracle.mean(x, t))
         for time, coefficients in row.stages:
             known.append(oracle.mean(combine(coefficients, known), time.clone()))  # its own: a denoiser may write into it
         if row.hold:
@@ -158,18 +128,18 @@ class Linear(Solver):
         return combine(row.final, known), (rows, k + 1, past)
 
 
-_MEMORY: OrderedDict[Any, tuple[weakref.ref[LinearSDE], tuple[Row, ...]]] = OrderedDict()
+_MEMORY: OrderedDict[Any, tuple[weakref.ref[LinearSDE], list[tuple[Row, ...]]]] = OrderedDict()
 
 
-def _remembered(solver: Linear, sde: LinearSDE, times: Tensor) -> tuple[Row, ...]:
-    """The rows of a grid, from memory when this very SDE was met on it before: every microbatch of a solve asks for the same.
+def _remembered(solver: Linear, sde: LinearSDE, pieces: Sequence[Tensor]) -> list[tuple[Row, ...]]:
+    """The rows of these grids, from memory when this very SDE was met on them before: every microbatch of a solve asks for the same.
 
     An SDE is known by identity (two that compare equal may differ in what is not compared), and only if its class is itself a frozen
     dataclass: any other could change between two solves.
     """
     params = vars(type(sde)).get("__dataclass_params__")
-    values = times.tolist()
-    key = (solver, id(sde), tuple(values)) if params is not None and params.frozen else None
+    values = [times.tolist() for times in pieces]
+    key = (solver, id(sde), *map(tuple, values)) if params is not None and params.frozen else None
     try:
         met = None if key is None else _MEMORY.get(key)
     except TypeError:  # a part of the solver cannot be hashed
@@ -177,9 +147,10 @@ def _remembered(solver: Linear, sde: LinearSDE, times: Tensor) -> tuple[Row, ...
     if met is not None and met[0]() is sde:
         return met[1]
     with torch.inference_mode(False), torch.no_grad():  # rows outlive the mode they were made in
-        times = torch.tensor(values, dtype=torch.float64)
-        check_levels(sde, times)
-        rows = solver.rows(sde, times)
+        pieces = [torch.tensor(times, dtype=torch.float64) for times in values]
+        for times in pieces:
+            check_levels(sde, times)
+        rows = solver.rows(sde, pieces)
     if key is not None:
         _MEMORY[key] = (weakref.ref(sde), rows)
         while len(_MEMORY) > 256:
@@ -195,46 +166,52 @@ def check_levels(sde: LinearSDE, times: Tensor) -> None:
         raise ValueError(f"times {times[i]:.17g} and {times[i + 1]:.17g} have the same noise level to rounding; drop one of them")
 
 
-def lines(variable: Variable, sde: LinearSDE, times: Tensor) -> list[tuple[float, float, float]]:
-    """(m, p, r) at each time."""
-    p, r = variable.read(sde, times)
-    m = variable.scale(sde.alpha(times), sde.sigma(times))
-    return list(zip(*(c.expand(times.shape).tolist() for c in (m, p, r)), strict=True))
+def reads(variable: Variable, sde: LinearSDE, times: Tensor) -> list[tuple[float, float]]:
+    """(p, r) at each time."""
+    return list(zip(*(c.expand(times.shape).tolist() for c in variable.read(sde, times)), strict=True))
 
 
-def single_rows(variable: Variable, coordinate: Clock, sde: LinearSDE, times: Tensor, tableau: Tableau) -> tuple[Row, ...]:
-    """The rows of a tableau on each step: evaluation i is of x_i = m_i (x / m_t + sum_j c_ij q_j), q_j = p_j x_j + r_j x0_j."""
+def split(values: Sequence[Any], pieces: Sequence[Tensor]) -> list[Any]:
+    """One entry a step, dealt to the grids the steps are of."""
+    ends = list(accumulate((len(times) - 1 for times in pieces), initial=0))
+    return [values[a:b] for a, b in pairwise(ends)]
+
+
+def single_rows(solver: Linear, sde: LinearSDE, pieces: Sequence[Tensor], tableau: Tableau) -> list[tuple[Row, ...]]:
+    """The rows of a tableau on each step: evaluation i is of x_i = m_i (x / m_t + sum_j c_ij q_j + noise), q_j = p_j x_j + r_j x0_j."""
+    t, s = torch.cat([times[:-1] for times in pieces]), torch.cat([times[1:] for times in pieces])
+    variable, frame = solver.variable, solver.frame(sde, t)
+    coordinate = solver.coordinate or variable.clock
     clock = coordinate if tableau.through else variable.clock
-    w = clock.at(sde, times)
-    width = 1 + len(tableau.fractions)
-    nodes, inner, at = [], [], []  # an evaluation each: the coordinate, the times, (m, p, r)
-    for fraction in tableau.fractions:
-        place = {0.0: times[:-1], 1.0: times[1:]}.get(fraction)
-        inner.append(clock.time(sde, w[:-1] + fraction * w.diff()) if place is None else place)
-        nodes.append(clock.at(sde, inner[-1]).tolist())
-        at.append(lines(variable, sde, inner[-1]))
-    inner.append(times[1:])
-    ends = lines(variable, sde, times[1:])
-    parts = [segments(variable, coordinate, sde, times[:-1], end) for end in inner[1:]] if tableau.through else []
+    w, h, last = clock.at(sde, t), clock.at(sde, s) - clock.at(sde, t), len(tableau.fractions)
+    inner = [t if f == 0 else s if f == 1 else clock.time(sde, w + f * h) for f in (*tableau.fractions, 1.0)]
+    nodes, scales = [clock.at(sde, at).tolist() for at in inner], [frame.scale(at) for at in inner]
+    lines = [reads(variable, sde, at) for at in inner[:-1]]
+    parts = [frame.segments(coordinate, at) for at in inner[1:]]
+    ends = sorted({*tableau.fractions[1:], 1.0})  # noise is drawn up to each evaluation, and on to the end
+    bounds = [t, *(inner[(*tableau.fractions, 1.0).index(f)] for f in ends)]
+    spreads = [frame.spread(a, b) for a, b in pairwise(bounds)]
     made = []
-    for k in range(len(times) - 1):
-        unit = np.eye(width)
-        m_t = at[0][k][0]
-        states, q = [unit[0]], []
-        for i in range(len(tableau.fractions)):
-            _, p, r = at[i][k]
-            q.append(p * states[i] + r * unit[1 + i])
-            last = i + 1 == len(tableau.fractions)
-            m = ends[k][0] if last else at[i + 1][k][0]
+    for k in range(len(t)):
+        noises = [i for i in range(len(ends)) if spreads[i][k] > 0]
+        unit = np.eye(1 + len(noises) + last)  # of x, the noises, the x0
+        state, q, stages = unit[0], [], []
+        for i in range(last):
+            p, r = lines[i][k]
+            q.append(p * state + r * unit[1 + len(noises) + i])
             if tableau.through:
                 used = tableau.through[i]
                 c = exact(parts[i][k], [nodes[j][k] for j in used])
             else:
-                used, c = range(i + 1), np.array(tableau.shares[i]) * float(w[k + 1] - w[k])
-            states.append(m / m_t * unit[0] + m * sum(cj * q[j] for cj, j in zip(c, used, strict=True)))
-        stages = tuple((inner[i][k], tuple(states[i][: 1 + i].tolist())) for i in range(1, len(tableau.fractions)))
-        made.append(Row(float(times[k]), float(times[k + 1]), 0, stages, tuple(states[-1].tolist()), at[0][k][1:]))
-    return tuple(made)
+                used, c = range(i + 1), np.array(tableau.shares[i]) * parts[-1][k].du.sum()
+            m, end = scales[i + 1][k], (*tableau.fractions[1:], 1.0)[i]
+            state = m / scales[0][k] * unit[0] + m * sum(cj * q[j] for cj, j in zip(c, used, strict=True))
+            for place, j in enumerate(noises):
+                state = state + m * spreads[j][k] * (ends[j] <= end) * unit[1 + place]
+            stages.append((inner[i + 1][k], tuple(state[: 2 + len(noises) + i].tolist())))
+        draws = tuple((bounds[j][k], bounds[j + 1][k]) for j in noises)
+        made.append(Row(float(t[k]), float(s[k]), 0, tuple(stages[:-1]), stages[-1][1], lines[0][k], draws=draws))
+    return [tuple(rows) for rows in split(made, pieces)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -260,9 +237,9 @@ class SingleStep(Linear):
         """A tableau's worth a step."""
         return len(self.tableau.fractions) * steps
 
-    def rows(self, sde: LinearSDE, times: Tensor) -> tuple[Row, ...]:
+    def rows(self, sde: LinearSDE, pieces: Sequence[Tensor]) -> list[tuple[Row, ...]]:
         """Every step alike."""
-        return single_rows(self.variable, self.coordinate or self.variable.clock, sde, times, self.tableau)
+        return single_rows(self, sde, pieces, self.tableau)
 
 
 @dataclass(frozen=True, repr=False)
@@ -318,6 +295,13 @@ class Multistep(Linear):
             caps.append(2)
         return min(caps)
 
+    def in_pieces(self) -> Multistep:
+        """Without a start-up: each piece ramps its order up, 1, 2, ..."""
+        if self.startup is False or self.past < 2:
+            return self
+        named = self.name and "startup=" not in self.name
+        return replace(self, startup=False, name=f"{self.name[:-1]}, startup=False)" if named else "")
+
     def _single_steps(self, steps: int) -> tuple[int, Tableau]:
         """How many first steps are single steps, and which: their local order is that of the method, less one."""
         tableau = {2: MIDPOINT, 3: THIRDS}.get(self._full_order - 1, CLASSIC)
@@ -331,32 +315,40 @@ class Multistep(Linear):
         count, tableau = self._single_steps(steps)
         return steps + count * (len(tableau.fractions) - 1)
 
-    def rows(self, sde: LinearSDE, times: Tensor) -> tuple[Row, ...]:
+    def rows(self, sde: LinearSDE, pieces: Sequence[Tensor]) -> list[tuple[Row, ...]]:
         """The single steps of the start, then one evaluation a step."""
+        t, s = torch.cat([times[:-1] for times in pieces]), torch.cat([times[1:] for times in pieces])
+        frame = self.frame(sde, t)
+        each = zip(
+            frame.scale(t), frame.scale(s), reads(self.variable, sde, t), frame.segments(self.coordinate, s), frame.spread(t, s),
+            strict=True,
+        )  # fmt: skip
+        return [self._rows(sde, times, list(part)) for times, part in zip(pieces, split(list(each), pieces), strict=True)]
+
+    def _rows(self, sde: LinearSDE, times: Tensor, steps: list[Any]) -> tuple[Row, ...]:
+        """One grid's; a step comes as (m_t, m_s, (p, r), segment, spread)."""
         n = len(times) - 1
         count, tableau = self._single_steps(n)
-        made: list[Row] = []
-        if count:
-            made += single_rows(self.variable, self.coordinate or self.variable.clock, sde, times[: count + 1], tableau)
+        made = list(single_rows(self, sde, [times[: count + 1]], tableau)[0]) if count else []
         w = list(range(n + 1)) if self.coordinate is None else self.coordinate.at(sde, times).tolist()
-        at = lines(self.variable, sde, times)
-        parts = segments(self.variable, self.coordinate, sde, times[:-1], times[1:])
         before: Array | None = None  # the last step's weights, when the corrector may redo it
         for k in range(count, n):
             used = min(self.nodes, k + 1, n - k if self.lower_final else n)
-            (m_t, p, r), m_s = at[k], at[k + 1][0]
-            c = self.weights(parts[k], [w[k - j] for j in range(used)])
+            m_t, m_s, (p, r), part, spread = steps[k]
+            c = self.weights(part, [w[k - j] for j in range(used)])
             q = np.zeros(max(used, 0 if before is None else 1 + len(before)))  # coefficients of q_k, q_{k-1}, ... in y_s
             q[:used] += c
             if before is not None:  # y_t + (corrected - predicted increment of the last step)
                 old = range(1, min(len(before), self.corrector - 1))
-                again = self.weights(parts[k - 1], [w[k - 1], w[k], *(w[k - 1 - j] for j in old)])
-                q[0] += again[1]
-                q[1 : len(again)] += np.delete(again, 1)
-                q[1 : 1 + len(before)] -= before
+                again = self.weights(steps[k - 1][3], [w[k - 1], w[k], *(w[k - 1 - j] for j in old)])
+                carry = steps[k - 1][1] / m_t  # from the y of the last step
+                q[0] += carry * again[1]
+                q[1 : len(again)] += carry * np.delete(again, 1)
+                q[1 : 1 + len(before)] -= carry * before
             q *= m_s
-            final = (m_s / m_t + q[0] * p, *q[1:].tolist(), q[0] * r)
-            made.append(Row(float(times[k]), float(times[k + 1]), len(q) - 1, (), final, (p, r)))
+            noise, draws = ((m_s * spread,), ((times[k], times[k + 1]),)) if spread > 0 else ((), ())
+            final = (m_s / m_t + q[0] * p, *q[1:].tolist(), *noise, q[0] * r)
+            made.append(Row(float(times[k]), float(times[k + 1]), len(q) - 1, (), final, (p, r), draws=draws))
             before = c if self.corrector else None
         hold = 0
         for k in range(n - 1, -1, -1):

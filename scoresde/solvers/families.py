@@ -9,8 +9,9 @@ from ..checks import check_count
 from ..grid import Grid, karras, logsnr, quadratic, rectified, uniform
 from ..variables import Clock, Variable, check_variable, eps, lam, t, time, velocity, x0
 from .base import Solver
-from .exponential import CLASSIC, MIDPOINT, THIRDS, TRAPEZOID, Multistep, SingleStep
+from .exponential import Multistep, SingleStep
 from .stochastic import NoisyDDIM
+from .tableau import CLASSIC, MIDPOINT, THIRDS, TRAPEZOID
 from .weights import Weights, bh2
 
 __all__ = [
@@ -18,13 +19,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _check_order(order: int, low: int, high: int) -> int:
-    if check_count(order, "order", low) > high:
-        raise ValueError(f"order is {order}; wanted an integer from {low} to {high}")
+def check_order(order: int, low: int, high: int, name: str = "order") -> int:
+    """Return an integer in [low, high]; raise otherwise."""
+    if check_count(order, name, low) > high:
+        raise ValueError(f"{name} is {order}; wanted an integer from {low} to {high}")
     return order
 
 
-def _suffix(**settings: object) -> str:
+def suffix(**settings: object) -> str:
     """The settings that are not the default, as the caller wrote them."""
     return "".join(f", {k}={getattr(v, '__name__', v)}" for k, v in settings.items() if v is not None)
 
@@ -82,7 +84,7 @@ def DPMSolver(order: int = 3) -> SingleStep | Multistep:
 
 
 def _single(variable: Variable, order: int, name: str) -> SingleStep | Multistep:
-    if _check_order(order, 1, 3) == 1:
+    if check_order(order, 1, 3) == 1:
         return Multistep(variable, lam, 1, name=name)
     return SingleStep(variable, lam, {2: MIDPOINT, 3: THIRDS}[order], name=name)
 
@@ -102,8 +104,8 @@ def DPMSolverPP(
         raise ValueError("weights, startup and lower_final are of the multistep form; drop them, or singlestep=True")
     if singlestep:
         return _single(x0, order, f"DPMSolverPP(order={order}, singlestep=True)")
-    tail = _suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final or None)
-    name = f"DPMSolverPP(order={_check_order(order, 1, 3)}{tail})"
+    tail = suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final or None)
+    name = f"DPMSolverPP(order={check_order(order, 1, 3)}{tail})"
     return Multistep(x0, lam, order, weights, startup=startup, lower_final=lower_final, name=name)
 
 
@@ -117,10 +119,10 @@ def UniPC(
     """
     if check_variable(variable) not in (x0, eps):
         raise ValueError(f"variable is {variable}; wanted x0 or eps, which UniPC is written in: AdamsMoulton takes any")
-    tail = _suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final or None)
+    tail = suffix(weights=None if weights is bh2 else weights, startup=startup, lower_final=lower_final or None)
     tail += "" if variable == x0 else f", {_in(variable) or 'variable=eps'}"
     return Multistep(
-        variable, lam, _check_order(order, 1, 4), weights, corrector=order + 1, startup=startup, lower_final=lower_final,
+        variable, lam, check_order(order, 1, 4), weights, corrector=order + 1, startup=startup, lower_final=lower_final,
         name=f"UniPC(order={order}{tail})",
     )  # fmt: skip
 
@@ -130,10 +132,10 @@ def DEIS(order: int = 3, coordinate: Clock = t, startup: bool | None = None, low
 
     coordinate: of the polynomial: `t` is tAB-DEIS, `rho` rhoAB, `lam` that in log rho. Zhang & Chen 2023 (ICLR), eq. 14-15, 17.
     """
-    _check_order(order, 0, 3)
+    check_order(order, 0, 3)
     if not isinstance(coordinate, Clock):
         raise TypeError(f"coordinate is {coordinate!r}; wanted a Clock of scoresde.variables: t, rho, lam")
-    name = f"DEIS(order={order}, coordinate={coordinate}{_suffix(startup=startup, lower_final=lower_final or None)})"
+    name = f"DEIS(order={order}, coordinate={coordinate}{suffix(startup=startup, lower_final=lower_final or None)})"
     return Multistep(
         eps, coordinate, order + 1, startup=startup, lower_final=lower_final, name=name,
         recommended=quadratic if coordinate == t else logsnr,
@@ -145,7 +147,7 @@ def IPNDM(order: int = 4) -> Multistep:
 
     On a grid that is not uniform in rho its order is 2 whatever the past. Liu et al. 2022 (PNDM); Zhang & Chen 2023 (ICLR), eq. 19.
     """
-    return Multistep(eps, None, _check_order(order, 1, 4), name=f"IPNDM(order={order})", recommended=karras)
+    return Multistep(eps, None, check_order(order, 1, 4), name=f"IPNDM(order={order})", recommended=karras)
 
 
 def AdamsBashforth(
@@ -157,9 +159,9 @@ def AdamsBashforth(
     variable: eps, x0, velocity, v or time of `scoresde.variables`; coordinate: the clock of the polynomial, the variable's by default.
     startup, lower_final: see `Multistep`. Hairer, Norsett & Wanner 1993, III.5.
     """
-    tail = _suffix(coordinate=coordinate, startup=startup, lower_final=lower_final or None)
+    tail = suffix(coordinate=coordinate, startup=startup, lower_final=lower_final or None)
     name = f"AdamsBashforth(order={order}, variable={variable}{tail})"
-    return _adams(name, _check_order(order, 1, 5), 0, variable, coordinate, startup, lower_final)
+    return _adams(name, check_order(order, 1, 5), 0, variable, coordinate, startup, lower_final)
 
 
 def AdamsMoulton(
@@ -171,10 +173,10 @@ def AdamsMoulton(
     One evaluation a step, kept after the correction, as in UniPC: `UniPC(p, exact) == AdamsMoulton(p + 1, x0)`. predictor: `order` - 1
     (default) or `order`, which with x0 is SA-Solver without noise (Xue et al. 2023, NeurIPS). Hairer, Norsett & Wanner 1993, III.5.
     """
-    _check_order(order, 2, 5)
+    check_order(order, 2, 5)
     if predictor not in (None, order - 1, order) or isinstance(predictor, bool):
         raise ValueError(f"predictor is {predictor!r}; wanted {order - 1}, {order} or None: other nodes lose or waste an order")
-    tail = _suffix(coordinate=coordinate, predictor=predictor, startup=startup, lower_final=lower_final or None)
+    tail = suffix(coordinate=coordinate, predictor=predictor, startup=startup, lower_final=lower_final or None)
     name = f"AdamsMoulton(order={order}, variable={variable}{tail})"
     return _adams(name, predictor or order - 1, order, variable, coordinate, startup, lower_final)
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..checks import check_number
 from ..denoiser import reverse_drift
-from ..grid import logsnr, quadratic
-from ..linear import cast
+from ..grid import logsnr
+from ..linear import LinearSDE, cast
 from ..oracle import Oracle
 from .base import StochasticSolver
 
-__all__ = ["Ancestral", "EulerMaruyama"]
+__all__ = ["SRA1", "SRA3", "Ancestral", "EulerMaruyama", "ReverseDiffusion"]
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,46 @@ class EulerMaruyama(StochasticSolver):
     Kloeden & Platen 1992, ch. 10; the reverse SDE of Song et al. 2021 (ICLR), eq. 6.
     """
 
-    grid = staticmethod(quadratic)
+    grid = staticmethod(logsnr)
     invariant = False
     weak_order = 1.0
     strong_order = 1.0
+
+    def start(self, sde: LinearSDE, times: Tensor) -> None:
+        """Nothing; ValueError where a step is too long for the drift: |f| h > 2."""
+        size = (sde.drift_coefficient(times[:-1]) * times.diff()).abs().expand(len(times) - 1)
+        if bool((size > 2).any()):
+            i = int((size > 2).int().argmax())
+            raise ValueError(
+                f"{self!r} is unstable in step {i + 1} of {len(size)}, t = {times[i]:.6g} -> {times[i + 1]:.6g}: |f| h = {size[i]:.3g}, "
+                "wanted at most 2; take more steps, grid=grid.logsnr, or a solver that is exact in f, such as Ancestral()"
+            )
 
     def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x_s from x_t."""
         h = s - t
         spread = oracle.sde.diffusion(t) * (-h).sqrt()
         return x + cast(h, x) * reverse_drift(oracle, x, t) + cast(spread, x) * oracle.noise(x, t, s), None
+
+
+@dataclass(frozen=True)
+class ReverseDiffusion(StochasticSolver):
+    """x_s = (2 - r) x + v score + sqrt(v) z: the forward step x_t = r x_s + sqrt(v) z, turned. Weak and strong order 1.
+
+    r = alpha_t / alpha_s and v = Var[x_t | x_s] are those of the SDE's own transition: on a DDPM chain's `nodes()` sqrt(1 - beta) and
+    beta, under VE 1 and sigma_t^2 - sigma_s^2. Song et al. 2021 (ICLR), eq. 46 and appendix E.
+    """
+
+    grid = staticmethod(logsnr)
+    invariant = False
+    weak_order = 1.0
+    strong_order = 1.0
+
+    def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x_s from x_t."""
+        r, std = oracle.sde.transition(s, t)  # of x_t | x_s
+        score = oracle(x, t).score
+        return cast(2 - r, x) * x + cast(std**2, x) * score + cast(std, x) * oracle.noise(x, t, s), None
 
 
 @dataclass(frozen=True)
@@ -83,3 +113,65 @@ class NoisyDDIM(StochasticSolver):
         a, b = cast(sde.alpha(s), x), sde.sigma(s)
         w = self.eta * b / sde.sigma(t) * sde.transition(s, t)[1]
         return a * p.x0 + cast((b**2 - w**2).sqrt(), x) * p.eps + cast(w, x) * oracle.noise(x, t, s), None
+
+
+@dataclass(frozen=True)
+class SRA(StochasticSolver):
+    """Stochastic Runge-Kutta for additive noise, dy = a dw + b dW, by `noise.pair`. Strong order 1.5, weak order 2.
+
+    y = x / alpha, a = (g / sigma)^2 (x0 - y) = (g^2 / alpha) score, b = g / alpha, w = -t: the reverse SDE without its linear drift.
+    With h = t - s and b of the ends of the step alone,
+    H_i = y + h sum_j A_ij a_j + b-weighted dZ / h; y_s = y + h sum_i w_i a_i + b_s dW + (b_t - b_s) dZ / h, dZ = int (W_u - W_t) |du|.
+    Rossler 2010 (SIAM J. Numer. Anal. 48), eq. 6.3-6.5 and tables 6.2, 6.3.
+    """
+
+    places: ClassVar[tuple[float, ...]]  # c: where in the step the evaluations sit
+    inner: ClassVar[tuple[tuple[float, ...], ...]]  # A, a row an evaluation after the first
+    felt: ClassVar[tuple[tuple[float, float], ...]]  # of dZ / h in them: the weights of b_s and b_t
+    weights: ClassVar[tuple[float, ...]]
+    grid = staticmethod(logsnr)
+    invariant = False
+    weak_order = 2.0
+    strong_order = 1.5
+
+    def evaluations(self, steps: int) -> int:
+        """A tableau's worth a step."""
+        return len(self.weights) * steps
+
+    def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x_s from x_t."""
+        sde, h = oracle.sde, t - s
+        dw, dz = oracle.noise.pair(x, t, s)
+        b_t, b_s = (sde.diffusion(u) / sde.alpha(u) for u in (t, s))
+        y, a = x / cast(sde.alpha(t), x), []
+        for c, row, (at_s, at_t) in zip(self.places, ((), *self.inner), ((0.0, 0.0), *self.felt), strict=True):
+            u = t - c * h
+            stage = y + cast((at_s * b_s + at_t * b_t) / h, x) * dz
+            for weight, drift in zip(row, a, strict=True):
+                stage = stage + cast(weight * h, x) * drift
+            alpha, rate = sde.alpha(u), (sde.diffusion(u) / sde.sigma(u)) ** 2
+            a.append(cast(rate, x) * (oracle(cast(alpha, x) * stage, u).x0 - stage))
+        y = y + cast(b_s, x) * dw + cast((b_t - b_s) / h, x) * dz
+        for weight, drift in zip(self.weights, a, strict=True):
+            y = y + cast(weight * h, x) * drift
+        return cast(sde.alpha(s), x) * y, None
+
+
+@dataclass(frozen=True)
+class SRA1(SRA):
+    """Rossler's SRA1: two evaluations a step, of order 2 where there is no noise. Strong order 1.5, weak order 2; see `SRA`."""
+
+    places = (0.0, 3 / 4)
+    inner = ((3 / 4,),)
+    felt = ((3 / 2, 0.0),)
+    weights = (1 / 3, 2 / 3)
+
+
+@dataclass(frozen=True)
+class SRA3(SRA):
+    """Rossler's SRA3: three evaluations a step, of order 3 where there is no noise. Strong order 1.5, weak order 2; see `SRA`."""
+
+    places = (0.0, 1.0, 1 / 2)
+    inner = ((1.0,), (1 / 4, 1 / 4))
+    felt = ((0.0, 0.0), (1.0, 1 / 2))
+    weights = (1 / 6, 1 / 6, 2 / 3)

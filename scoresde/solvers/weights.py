@@ -13,7 +13,7 @@ from ..linear import LinearSDE
 from ..variables import Clock, Variable
 from ..variables import t as time_clock
 
-__all__ = ["Segment", "bh1", "bh2", "exact", "segments"]
+__all__ = ["Frame", "Segment", "bh1", "bh2", "exact", "segments", "taylor"]
 
 Array = NDArray[np.float64]
 
@@ -34,28 +34,56 @@ class Segment:
     slope: float
 
 
-def segments(variable: Variable, coordinate: Clock | None, sde: LinearSDE, t: torch.Tensor, s: torch.Tensor) -> list[Segment]:
+def segments(
+    variable: Variable,
+    coordinate: Clock | None,
+    sde: LinearSDE,
+    t: torch.Tensor,
+    s: torch.Tensor,
+    rate: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> list[Segment]:
     """The steps from times t to times s, `[n]` each; coordinate None counts steps, u taken to be linear in each.
 
-    In the variable's own clock the integrand is a polynomial; else lam is the variable of integration, in which every integrand is
-    smooth. Either way no difference of nearly equal numbers is taken, however small the step.
+    rate: du/dlam at lam `[n, points]`, of a u that is not the variable's clock. In the variable's own clock the integrand is a
+    polynomial; else lam is the variable of integration, in which every integrand is smooth. Either way no difference of nearly equal
+    numbers is taken, however small the step.
     """
     n = len(t)
     if coordinate is None:
         u = (variable.clock.at(sde, s) - variable.clock.at(sde, t)).numpy()
         return [Segment(k, k + 1, k + _POINTS + 0.5, _MASS * u[k], u[k]) for k in range(n)]
     start, end = coordinate.at(sde, t).numpy(), coordinate.at(sde, s).numpy()
-    if coordinate == variable.clock:
+    if rate is None and coordinate == variable.clock:
         h = (end - start)[:, None]
         points, du, slope = start[:, None] + (_POINTS + 0.5) * h, _MASS * h, np.ones(n)
     else:
         a, b = (sde.logsnr(v).numpy() / 2 for v in (t, s))
         inner = torch.from_numpy(a[:, None] + (_POINTS + 0.5) * (b - a)[:, None])
         points = coordinate.along(sde, inner).numpy()
-        du = variable.clock.rate(inner).numpy() * _MASS * (b - a)[:, None]
-        last = torch.from_numpy(b)
-        slope = np.full(n, np.nan) if coordinate == time_clock else (variable.clock.rate(last) / coordinate.rate(last)).numpy()
+        rate = rate or variable.clock.rate
+        du = rate(inner).numpy() * _MASS * (b - a)[:, None]
+        last = torch.from_numpy(b)[:, None]
+        slope = np.full(n, np.nan) if coordinate == time_clock else (rate(last) / coordinate.rate(last))[:, 0].numpy()
     return [Segment(*row) for row in zip(start.tolist(), end.tolist(), points, du, slope.tolist(), strict=True)]
+
+
+class Frame:
+    """y = x / m with dy = q du on each of the steps that start at times t `[n]`; for the flow, m and u are the variable's."""
+
+    def __init__(self, variable: Variable, sde: LinearSDE, t: torch.Tensor) -> None:
+        self.variable, self.sde, self.t = variable, sde, t
+
+    def scale(self, s: torch.Tensor) -> list[float]:
+        """m at times s `[n]`, one a step."""
+        return self.variable.scale(self.sde.alpha(s), self.sde.sigma(s)).expand(s.shape).tolist()
+
+    def segments(self, coordinate: Clock | None, s: torch.Tensor) -> list[Segment]:
+        """The steps from t to s in this u."""
+        return segments(self.variable, coordinate, self.sde, self.t, s)
+
+    def spread(self, a: torch.Tensor, b: torch.Tensor) -> list[float]:
+        """Deviation of what noise adds to y from a to b, one a step: none here."""
+        return [0.0] * len(a)
 
 
 Weights = Callable[[Segment, Sequence[float]], Array]
@@ -88,3 +116,13 @@ def bh1(segment: Segment, nodes: Sequence[float]) -> Array:
 def bh2(segment: Segment, nodes: Sequence[float]) -> Array:
     """UniPC with B2(h) = e^h - 1; on two nodes it is the midpoint form of DPM-Solver++(2M), Lu et al. 2022, eq. 17."""
     return _b_of_h(segment, nodes, float(segment.du.sum()))
+
+
+def taylor(segment: Segment, nodes: Sequence[float]) -> Array:
+    """ER-SDE's: with three nodes the slope is that of the last two: not the parabola through them. Cui et al. 2023, eq. 18."""
+    if len(nodes) != 3:
+        return exact(segment, nodes)
+    a, b, c = nodes
+    first, second = segment.du @ (segment.points - a), segment.du @ (segment.points - a) ** 2 / 2
+    slope, before = np.array([1.0, -1.0, 0.0]) / (a - b), np.array([0.0, 1.0, -1.0]) / (b - c)
+    return np.array([segment.du.sum(), 0.0, 0.0]) + first * slope + second * 2 * (slope - before) / (a - c)
