@@ -83,10 +83,9 @@ def test_the_networks_are_small_and_the_halves_fixed():
 
 def test_every_row_of_the_issue_is_there():
     rows = demo.rows(demo.FULL)
-    assert len({row.key for row in rows}) == len(rows) == 77
+    assert len({row.key for row in rows}) == len(rows) == 87
     assert [r.nfe for r in rows if r.problem == "VP" and type(r.solver).__name__ == "EulerMaruyama"] == [
-        5,
-        10,
+        10,  # at 5 its steps are too long for the drift
         20,
         50,
         100,

@@ -54,8 +54,9 @@ CONSISTENT = [s for s in AFFINE if s.weak_order > 0]
 FINER = ("SASolver", "ERSDE(degree=3, phi=square, weights=exact)")  # terms of order 3 hide that of order 2 below 3,000 steps
 
 
-def is_finer(solver):
-    return repr(solver).startswith(FINER) and solver.weak_order > 1
+def counts_of(solver):
+    """The numbers of steps whose slope is its weak order."""
+    return (3200, 6400) if repr(solver).startswith(FINER) and solver.weak_order > 1 else (400, 800)
 
 
 # --- weak order ----------------------------------------------------------------------------------------------------------
@@ -63,7 +64,9 @@ def weak_cases():
     made = []
     for solver in CONSISTENT:
         for name in ("VP", "VE", "EDM"):
-            slow = is_finer(solver) or (solver.invariant and name != "VP")  # the same steps of x / alpha, on another range of rho
+            slow = counts_of(solver)[0] > 400 or (
+                solver.invariant and name != "VP"
+            )  # the same steps of x / alpha, on another range of rho
             made.append(pytest.param(solver, name, id=f"{label(solver)}-{name}", marks=[pytest.mark.slow] if slow else []))
     return made
 
@@ -71,7 +74,7 @@ def weak_cases():
 @pytest.mark.parametrize(("solver", "name"), weak_cases())
 def test_weak_order(solver, name):
     """Stated +- 0.1 on the recommended grid, from t_max to t_min, by the exact law of the library's own steps."""
-    errors, (slope,) = laws.weak_errors(solver, SDES[name], (3200, 6400) if is_finer(solver) else (400, 800))
+    errors, (slope,) = laws.weak_errors(solver, SDES[name], counts_of(solver))
     assert abs(slope - solver.weak_order) <= 0.1, (errors, slope)
 
 
