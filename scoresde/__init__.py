@@ -30,6 +30,7 @@ from .solvers import (
     AdamsMoulton,
     Ancestral,
     AnnealedLangevin,
+    Band,
     Churn,
     DPMSolver,
     DPMSolverPP,
@@ -54,7 +55,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DDIM", "DEIS", "EDM", "EMA", "ERSDE", "IPNDM", "MALA", "MLP", "RK4", "SDE", "SEEDS", "SRA1", "SRA3", "VE", "VP",
-    "AdamsBashforth", "AdamsMoulton", "Ancestral", "AnnealedLangevin", "BitsPerDim", "Churn", "Clipped", "Cosine",
+    "AdamsBashforth", "AdamsMoulton", "Ancestral", "AnnealedLangevin", "Band", "BitsPerDim", "Churn", "Clipped", "Cosine",
     "DPMSolver", "DPMSolverPP", "Denoiser", "DiscreteVP", "Empirical", "Euler", "EulerMaruyama", "Gaussian", "Heun",
     "Langevin", "LinearSDE", "LogProb", "Mixture", "NonFiniteError", "Oracle", "Preconditioned", "Prediction",
     "PredictorCorrector", "Quantized", "Rectified", "Restart", "ReverseDiffusion", "SASolver", "SDEDPMSolverPP", "Solution",

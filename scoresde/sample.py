@@ -137,7 +137,7 @@ def plan(
     if solver.adaptive:
         if names := names + ["grid"] * (grid is not None):
             raise ValueError(
-                f"{solver!r} is adaptive and chooses its steps: drop {' and '.join(names)}; max_nfe= of the solver bounds it"
+                f"{solver!r} is adaptive and chooses its steps: drop {' and '.join(names)}; max_nfe= of it bounds it, times= may be given"
             )
         return solver.grid(sde, 1)
     if len(names) != 1:

@@ -220,9 +220,8 @@ def weak_errors(solver: solvers.Solver, sde: sdes.LinearSDE, counts: tuple[int, 
 
 PATH_SDES = {"VE": sdes.VE(sigma_min=0.1, sigma_max=3.0), "VP": sdes.VP(t_min=0.1), "EDM": sdes.EDM(t_min=0.2, t_max=5.0)}
 PATH_STEPS = (128, 256, 512)
-SWITCHED = solvers.SASolver(
-    3, tau=solvers.Band(0.1 * 30**0.25, 0.1 * 30**0.75)
-)  # at nodes of VE's grids; between nodes a switch is O(h) late
+EDGES = (0.1 * 30**0.25 * (1 + 1e-3), 0.1 * 30**0.75 * (1 + 1e-3))  # at nodes of VE's grids: between nodes a switch comes O(h) late
+SWITCHED = solvers.SASolver(3, tau=solvers.Band(*EDGES))
 
 
 def path_problem(name: str) -> Mixture:

@@ -59,6 +59,28 @@ def noisy(variable, clock, level=None):
     return s.solvers.NoisyMultistep(variable, clock, 2, startup=False, level=level or s.solvers.Tau(1.0))
 
 
+def churn_twice():
+    oracle = s.Oracle(MIX, 4, s.noise.seeded(range(4)))
+    _, state = s.Churn(s.Heun(), 1.0).step(oracle, X, T, TIMES[2], None)
+    s.Churn(s.Heun(), 1.0).step(oracle, X, T, TIMES[2], state)
+
+
+def clipped_law():
+    """Too far out for a probe of unit size to feel."""
+    law = s.Clipped(s.Gaussian(VP, torch.tensor([0.6]), 0.45), -1.0, 1.0)
+    s.orders.affine_law(law, s.Ancestral(), grid.logsnr(VP, 3), Z(1), torch.eye(1))
+
+
+class Late(s.Solver):
+    order = 1
+
+    def evaluations(self, steps):
+        return steps + (steps >= 5)
+
+    def step(self, oracle, x, t, s, state):
+        return x, None
+
+
 class Answer(s.Denoiser):
     def __init__(self, value):
         super().__init__(VP)
@@ -300,8 +322,8 @@ CASES = [
     ("corrector_first 1", lambda: s.PredictorCorrector(s.Heun(), corrector_first=1), F, r"corrector_first is 1; wanted True or False"),
     ("AnnealedLangevin moves 0", lambda: s.AnnealedLangevin(moves=0), V, r"moves is 0; wanted an integer of at least 1"),
     ("SDE-DPM++ degree 4", lambda: s.SDEDPMSolverPP(4), V, r"degree is 4; wanted an integer from 1 to 3"),
-    ("SDE-DPM++ tau negative", lambda: s.SDEDPMSolverPP(2, tau=-1.0), V, r"tau is -1.0; wanted a finite number in \[0, inf\)"),
-    ("SDE-DPM++ tau a word", lambda: s.SDEDPMSolverPP(2, tau="1"), F, r"tau is str; wanted a number"),
+    ("SDE-DPM++ tau negative", lambda: s.SDEDPMSolverPP(2, tau=-1.0), V, r"tau is -1.0; wanted a finite number in \[0, 1000000\]"),
+    ("SDE-DPM++ tau a word", lambda: s.SDEDPMSolverPP(2, tau="1"), F, r"tau is '1'; wanted a number, or a function of rho = .* as Band"),
     ("SDE-DPM++ weights", lambda: s.SDEDPMSolverPP(2, singlestep=True, weights=s.solvers.exact), V, r"are of the multistep form; drop"),
     ("SEEDS degree 0", lambda: s.SEEDS(0), V, r"degree is 0; wanted an integer of at least 1"),
     ("SA predictor 5", lambda: s.SASolver(5), V, r"predictor is 5; wanted an integer from 1 to 4"),
@@ -310,9 +332,12 @@ CASES = [
         "tau(rho) a number",
         lambda: sample(s.SASolver(2, tau=lambda rho: 1.0), steps=4, seeds=range(4)),
         V,
-        r"tau\(rho\) gave float for rho \[4, 1\] float64; wanted finite numbers >= 0 of its shape, as Band",
+        r"tau\(rho\) gave float for rho \[4, 1\] float64; wanted its shape and dtype, as Band",
     ),
-    ("tau(rho) negative", lambda: sample(s.SASolver(2, tau=lambda rho: -rho), steps=4, seeds=range(4)), V, r"wanted finite numbers >= 0"),
+    ("tau(rho) negative", lambda: sample(s.SASolver(2, tau=lambda rho: -rho), steps=4, seeds=range(4)), V, r"wanted finite numbers >= 0, as Band"),
+    ("tau(rho) of Python", lambda: sample(s.SASolver(2, tau=lambda r: 1.0 if r < 1 else 0.0), steps=4, seeds=range(4)), V, r"failed on a tensor"),
+    ("tau a class", lambda: s.SASolver(2, tau=s.Band), F, r"tau is <class .*Band'>; wanted a number, or a function"),
+    ("tau overflows", lambda: sample(s.SEEDS(2, tau=1e200), steps=4, seeds=range(4)), V, r"tau is 1e\+200; wanted a finite number in"),
     ("Band empty", lambda: s.solvers.Band(1.0, 0.5), V, r"low is 1 and high 0.5; wanted low < high"),
     ("ERSDE phi a number", lambda: s.ERSDE(2, phi=2.0), F, r"phi is float; wanted a torch function of rho"),
     (
@@ -321,7 +346,9 @@ CASES = [
         V,
         r"d log phi / d log rho is 0.5 at rho = .*; wanted at least 1: phi must grow as fast as rho",
     ),
-    ("ERSDE phi negative", lambda: sample(s.ERSDE(2, phi=lambda r: -r), steps=4, seeds=range(4)), V, r"wanted finite numbers > 0 of its"),
+    ("ERSDE phi negative", lambda: sample(s.ERSDE(2, phi=lambda r: -r), steps=4, seeds=range(4)), V, r"phi\(rho\) gave .*; wanted finite numbers >= "),
+    ("ERSDE phi of math", lambda: sample(s.ERSDE(2, phi=math.exp), steps=4, seeds=range(4)), V, r"phi\(rho\) failed on a tensor"),
+    ("ERSDE phi in float32", lambda: sample(s.ERSDE(2, phi=lambda r: r.float()), steps=4, seeds=range(4)), V, r"wanted its shape and dtype"),
     ("noisy velocity", lambda: noisy(s.variables.velocity, s.variables.tau), V, r"variable is velocity, .*; wanted x0 or eps, and a Clock"),
     ("noisy without a clock", lambda: noisy(s.variables.x0, None), V, r"coordinate None; wanted x0 or eps, and a Clock"),
     ("Phi with eps", lambda: noisy(s.variables.eps, s.variables.lam, s.solvers.Phi(torch.square)), F, r"level is Phi\(.*; wanted a .*Tau"),
@@ -329,7 +356,19 @@ CASES = [
     ("Churn negative", lambda: s.Churn(s.Heun(), -1.0), V, r"s_churn is -1.0; wanted a finite number in \[0, inf\)"),
     ("Churn band", lambda: s.Churn(s.Heun(), 1.0, 2.0, 1.0), V, r"s_min is 2 and s_max 1; wanted s_min < s_max"),
     ("Churn of Churn", lambda: s.Churn(s.Churn(s.Heun(), 1.0), 1.0), V, r"sets its noise by the number of times in the whole grid"),
-    ("Churn of Restart", lambda: s.Churn(s.Restart(s.Heun(), [(0.1, 1.0, 2, 1)]), 1.0), V, r"belongs to the whole grid; wanted a solver"),
+    ("Churn of Restart", lambda: s.Churn(s.Restart(s.Heun(), [(0.1, 1.0, 2, 1)]), 1.0), V, r"belongs to the whole grid; wrappers do not nest"),
+    ("Churn of two points", lambda: sample(s.Churn(s.TorchDiffEq(), 1.0), seeds=range(4)), V, r"two points of its adaptive solver.*pass times="),
+    ("Churn past its end", churn_twice, V, r"has made the 1 steps it was started for; start the solver on the grid"),
+    ("on_path of Langevin", lambda: s.orders.on_path(MIX, s.Langevin(), X, TIMES, range(4)), V, r"has strong order 0: its noise belongs to no"),
+    ("on_path of Churn", lambda: s.orders.on_path(MIX, s.Churn(s.Ancestral(), 1.0), X, TIMES, range(4)), V, r"has strong order 0"),
+    ("on_path without seeds", lambda: s.orders.on_path(MIX, s.SRA3(), X, TIMES, None), F, r"seeds is None; wanted one integer a row: range\(4\)"),
+    ("strong_errors of one grid", lambda: s.orders.strong_errors(MIX, s.SRA3(), X, TIMES, range(4), X), F, r"wanted a list of times"),
+    ("strong_errors reference", lambda: s.orders.strong_errors(MIX, s.SRA3(), X, [TIMES], range(4), X[:2]), V, r"wanted a state like x"),
+    ("slopes of nothing", lambda: s.orders.slopes([1, 2], [0.0, 1.0]), V, r"wanted different steps and a positive error for each"),
+    ("slopes of fewer", lambda: s.orders.slopes([1, 2], [1.0]), V, r"wanted different steps and a positive error for each"),
+    ("affine_law of lists", lambda: s.orders.affine_law(MIX, s.SRA3(), TIMES, [0.0], [[1.0]]), F, r"mean is list, cov list; wanted tensors"),
+    ("affine_law clipped", clipped_law, V, r"is not affine .*; wanted an affine score"),
+    ("a solver of one cost more later", lambda: s.Churn(Late(), 1.0), V, r"costs 6 evaluations in 5 steps, 5 in 5 pieces of one; wanted a solver"),
     ("Restart without intervals", lambda: s.Restart(s.Heun(), []), F, r"intervals is \[\]; wanted \(low, high, steps, repeats\) ones"),
     ("Restart one interval", lambda: s.Restart(s.Heun(), (0.1, 1.0, 2, 1)), F, r"wanted \(low, high, steps, repeats\) ones, as in \[\("),
     ("Restart interval of three", lambda: s.Restart(s.Heun(), [(0.1, 1.0, 2)]), F, r"wanted \(low, high, steps, repeats\) ones"),

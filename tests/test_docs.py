@@ -75,3 +75,20 @@ def test_the_tables_of_solvers_are_of_the_solvers_that_there_are():
                 assert solver.order - slack - 0.005 <= slope <= solver.order + 0.305
         assert any(r[0] == f"| `{solver!r}`" and len(r) == 7 for r in rows)
     assert not measured
+
+
+def test_the_law_table_is_of_the_stochastic_solvers_that_there_are():
+    """`python docs/stochastic_orders.py` has been run since one was added: each has its row, and what was measured is what it states."""
+    page = (ROOT / "docs" / "stochastic.md").read_text()
+    rows = {
+        r[0][3:-1]: r
+        for r in (line.rstrip(" |").split(" | ") for line in page.splitlines() if line.startswith("| `"))
+        if len(r) == 7
+    }
+    for solver in laws.STOCHASTIC:
+        _, weak, strong, evaluations, slopes, _, slope = rows.pop(repr(solver))
+        assert (float(weak), float(strong), int(evaluations)) == (solver.weak_order, solver.strong_order, solver.evaluations(10))
+        for found in slopes.split() if slopes != "–" else ():
+            assert abs(float(found) - solver.weak_order) <= 0.105
+        assert slope == "–" or abs(float(slope) - solver.strong_order) <= 0.155
+    assert not rows

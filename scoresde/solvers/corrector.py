@@ -105,7 +105,9 @@ class PredictorCorrector(Around):
 
     def __post_init__(self) -> None:
         if not isinstance(self.predictor, Solver) or not isinstance(self.corrector, Langevin):
-            raise TypeError(f"predictor is {self.predictor!r}, corrector is {self.corrector!r}; wanted a Solver and a Langevin")
+            raise TypeError(
+                f"predictor is {self.predictor!r}, corrector is {self.corrector!r}; wanted a Solver and a Langevin(0.16)"
+            )
         check_count(self.corrector_steps, "corrector_steps")
         if not isinstance(self.corrector_first, bool):
             raise TypeError(f"corrector_first is {self.corrector_first!r}; wanted True or False")
@@ -158,10 +160,10 @@ class Hold(Solver):
 
 
 def AnnealedLangevin(snr: float = 0.16, moves: int = 100) -> PredictorCorrector:
-    """Annealed Langevin dynamics (NCSN): at each time of the grid `moves` moves of `Langevin(snr)`, from the end of the last.
+    """Annealed Langevin dynamics (NCSN): at each time but the first `moves` moves of `Langevin(snr)`, from the end of the last.
 
-    `moves` evaluations a step. NCSN's step eps sigma_i^2 / sigma_L^2 is 2 h: snr = sqrt(eps) / (2 sigma_L), which is 0.22 for its
-    eps = 2e-5, sigma_L = 0.01 and 100 moves. Its bias does not vanish with more steps (weak order 0). Song & Ermon 2019 (NeurIPS),
-    algorithm 1, under any SDE by x / alpha.
+    At the first, t_max, x has the law of the prior already. `moves` evaluations a step. NCSN's step eps sigma_i^2 / sigma_L^2 is 2 h:
+    snr = sqrt(eps) / (2 sigma_L), which is 0.2236 for its eps = 2e-5, sigma_L = 0.01 and 100 moves. Its bias does not vanish with more
+    steps (weak order 0). Song & Ermon 2019 (NeurIPS), algorithm 1, under any SDE by x / alpha.
     """
     return PredictorCorrector(Hold(), Langevin(snr), check_count(moves, "moves"))

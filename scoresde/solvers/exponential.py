@@ -6,13 +6,14 @@ past q and the x0 evaluated inside the step. `start` multiplies everything out i
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -90,9 +91,11 @@ class Linear(Solver):
         shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.compare]
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def frame(self, sde: LinearSDE, t: Tensor) -> Frame:
-        """What y and u are on the steps that start at times t."""
-        return Frame(self.variable, sde, t)
+    remembers: ClassVar[bool] = True  # whether equal settings always give equal rows
+
+    def frame(self, sde: LinearSDE, t: Tensor, s: Tensor) -> Frame:
+        """What y and u are on the steps from times t to times s."""
+        return Frame(self.variable, sde, t, s)
 
     @abstractmethod
     def rows(self, sde: LinearSDE, pieces: Sequence[Tensor]) -> list[tuple[Row, ...]]:
@@ -139,7 +142,7 @@ def _remembered(solver: Linear, sde: LinearSDE, pieces: Sequence[Tensor]) -> lis
     """
     params = vars(type(sde)).get("__dataclass_params__")
     values = [times.tolist() for times in pieces]
-    key = (solver, id(sde), *map(tuple, values)) if params is not None and params.frozen else None
+    key = (solver, id(sde), *map(tuple, values)) if solver.remembers and params is not None and params.frozen else None
     try:
         met = None if key is None else _MEMORY.get(key)
     except TypeError:  # a part of the solver cannot be hashed
@@ -151,6 +154,11 @@ def _remembered(solver: Linear, sde: LinearSDE, pieces: Sequence[Tensor]) -> lis
         for times in pieces:
             check_levels(sde, times)
         rows = solver.rows(sde, pieces)
+    for row in (row for piece in rows for row in piece):
+        if not all(map(math.isfinite, (*row.final, *(c for _, part in row.stages for c in part)))):
+            raise ValueError(
+                f"the weights of {solver!r} overflow from t = {row.t:.6g} to {row.s:.6g}; take more steps or less noise"
+            )
     if key is not None:
         _MEMORY[key] = (weakref.ref(sde), rows)
         while len(_MEMORY) > 256:
@@ -180,7 +188,7 @@ def split(values: Sequence[Any], pieces: Sequence[Tensor]) -> list[Any]:
 def single_rows(solver: Linear, sde: LinearSDE, pieces: Sequence[Tensor], tableau: Tableau) -> list[tuple[Row, ...]]:
     """The rows of a tableau on each step: evaluation i is of x_i = m_i (x / m_t + sum_j c_ij q_j + noise), q_j = p_j x_j + r_j x0_j."""
     t, s = torch.cat([times[:-1] for times in pieces]), torch.cat([times[1:] for times in pieces])
-    variable, frame = solver.variable, solver.frame(sde, t)
+    variable, frame = solver.variable, solver.frame(sde, t, s)
     coordinate = solver.coordinate or variable.clock
     clock = coordinate if tableau.through else variable.clock
     w, h, last = clock.at(sde, t), clock.at(sde, s) - clock.at(sde, t), len(tableau.fractions)
@@ -318,7 +326,7 @@ class Multistep(Linear):
     def rows(self, sde: LinearSDE, pieces: Sequence[Tensor]) -> list[tuple[Row, ...]]:
         """The single steps of the start, then one evaluation a step."""
         t, s = torch.cat([times[:-1] for times in pieces]), torch.cat([times[1:] for times in pieces])
-        frame = self.frame(sde, t)
+        frame = self.frame(sde, t, s)
         each = zip(
             frame.scale(t), frame.scale(s), reads(self.variable, sde, t), frame.segments(self.coordinate, s), frame.spread(t, s),
             strict=True,

@@ -47,11 +47,30 @@ class Band:
 
     def __call__(self, rho: Tensor) -> Tensor:
         """tau at rho."""
-        return torch.where((rho >= self.low) & (rho <= self.high), self.tau, 0.0)
+        return torch.where((rho >= self.low) & (rho <= self.high), torch.full_like(rho, self.tau), torch.zeros_like(rho))
+
+
+def _ask(fn: Any, name: str, rho: Tensor, low: float, wanted: str) -> Tensor:
+    """fn(rho), a float64 tensor of the shape of rho, finite and above `low`."""
+    try:
+        values = fn(rho)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}(rho) failed on a tensor {shape_of(rho)}: {error}; wanted a torch function, as {wanted}"
+        ) from error
+    if not isinstance(values, Tensor) or values.shape != rho.shape or values.dtype != rho.dtype:
+        raise ValueError(f"{name}(rho) gave {shape_of(values)} for rho {shape_of(rho)}; wanted its shape and dtype, as {wanted}")
+    if not bool((values.isfinite() & (values >= low)).all()):
+        raise ValueError(
+            f"{name}(rho) gave {values.min():.6g} to {values.max():.6g}; wanted finite numbers >= {low:.3g}, as {wanted}"
+        )
+    return values
 
 
 class Level(ABC):
     """How much noise: phi over a step that starts at lam = a; both arguments are `[n, 1]` or `[n, points]`."""
+
+    fn: Any  # what the caller gave: a number, or a function of rho
 
     @abstractmethod
     def rate(self, a: Tensor, at: Tensor) -> Tensor:
@@ -67,17 +86,14 @@ class Tau(Level):
     """tau is a number, or a function of rho read at the start of each step and held over it."""
 
     tau: float | Callable[[Tensor], Tensor]
+    fn = property(lambda self: self.tau)
 
     def rate(self, a: Tensor, at: Tensor) -> Tensor:
         """1 + tau^2."""
         if not callable(self.tau):
             return torch.full_like(at, 1 + self.tau**2)
-        tau = self.tau(torch.exp(-a))
-        if not isinstance(tau, Tensor) or tau.shape != a.shape or not bool((tau.isfinite() & (tau >= 0)).all()):
-            raise ValueError(
-                f"tau(rho) gave {shape_of(tau)} for rho {shape_of(a)}; wanted finite numbers >= 0 of its shape, as Band(0.05, 1.0) does"
-            )
-        return (1 + tau.to(at) ** 2).expand_as(at)
+        tau = _ask(self.tau, "tau", torch.exp(-a), 0.0, "Band(0.05, 1.0)")
+        return (1 + tau**2).expand_as(at)
 
     def decay(self, a: Tensor, at: Tensor) -> Tensor:
         """(1 + tau^2) (lam - a)."""
@@ -89,11 +105,10 @@ class Phi(Level):
     """phi(rho) as given, a torch function; only its ratios matter."""
 
     phi: Callable[[Tensor], Tensor]
+    fn = property(lambda self: self.phi)
 
     def _log(self, at: Tensor) -> Tensor:
-        values = self.phi(torch.exp(-at))
-        if not isinstance(values, Tensor) or values.shape != at.shape or not bool((values.isfinite() & (values > 0)).all()):
-            raise ValueError(f"phi(rho) gave {shape_of(values)} for rho {shape_of(at)}; wanted finite numbers > 0 of its shape")
+        values = _ask(self.phi, "phi", torch.exp(-at), torch.finfo(at.dtype).tiny, "lambda rho: rho**2")
         return values.log()
 
     def rate(self, a: Tensor, at: Tensor) -> Tensor:
@@ -113,43 +128,44 @@ class Phi(Level):
 
 
 class DataFrame(Frame):
-    """y = z / phi, dy = x0 d(1 / phi) + noise; phi is 1 at the start of each step."""
+    """y = z / phi, dy = x0 d(1 / phi) + noise; phi is 1 at the end of each step, so that nothing overflows that matters."""
 
-    def __init__(self, variable: Variable, level: Level, sde: LinearSDE, t: Tensor) -> None:
-        super().__init__(variable, sde, t)
-        self.level, self.a = level, self._lam(t)
+    def __init__(self, variable: Variable, level: Level, sde: LinearSDE, t: Tensor, s: Tensor) -> None:
+        super().__init__(variable, sde, t, s)
+        self.level, self.a, self.b = level, self._lam(t), self._lam(s)
+        self.whole = level.decay(self.a, self.b)
 
     def _lam(self, t: Tensor) -> Tensor:
         return self.sde.logsnr(t)[:, None] / 2
 
-    def scale(self, s: Tensor) -> list[float]:
+    def scale(self, at: Tensor) -> list[float]:
         """alpha phi."""
-        return (self.sde.alpha(s) * torch.exp(-self.level.decay(self.a, self._lam(s)))[:, 0]).tolist()
+        return (self.sde.alpha(at) * torch.exp(self.whole - self.level.decay(self.a, self._lam(at)))[:, 0]).tolist()
 
     def rate(self, at: Tensor) -> Tensor:
         """d(1 / phi) / dlam."""
-        return self.level.rate(self.a, at) * torch.exp(self.level.decay(self.a, at))
+        return self.level.rate(self.a, at) * torch.exp(self.level.decay(self.a, at) - self.whole)
 
-    def segments(self, coordinate: Clock | None, s: Tensor) -> list[Segment]:
-        """The steps from t to s in u = 1 / phi."""
-        return segments(self.variable, coordinate, self.sde, self.t, s, self.rate)
+    def segments(self, coordinate: Clock | None, at: Tensor) -> list[Segment]:
+        """From t to times `at` in u = 1 / phi."""
+        return segments(self.variable, coordinate, self.sde, self.t, at, self.rate)
 
     def spread(self, a: Tensor, b: Tensor) -> list[float]:
-        """rho_t sqrt(e^(2 T_b) - e^(2 T_a)), T = int tau^2 dlam from t."""
+        """rho_s e^(T_b - T_s) sqrt(1 - e^(-2 (T_b - T_a))), T = int tau^2 dlam from t."""
         first, last = (self._lam(v) for v in (a, b))
-        low, high = (self.level.decay(self.a, v) - (v - self.a) for v in (first, last))
+        low, high, end = (self.level.decay(self.a, v) - (v - self.a) for v in (first, last, self.b))
         gap = torch.where(
             high - low > 1e-14 * (1 + last.abs()), high - low, 0.0
         )  # what is less is rounding: phi = rho has no noise
-        return (torch.exp(low - self.a) * torch.expm1(2 * gap).sqrt())[:, 0].tolist()
+        return (torch.exp(high - end - self.b) * (-torch.expm1(-2 * gap)).sqrt())[:, 0].tolist()
 
 
 class NoiseFrame(DataFrame):
     """y = z, dy = eps d(k rho) + noise."""
 
-    def scale(self, s: Tensor) -> list[float]:
+    def scale(self, at: Tensor) -> list[float]:
         """alpha."""
-        return self.sde.alpha(s).expand(s.shape).tolist()
+        return self.sde.alpha(at).expand(at.shape).tolist()
 
     def rate(self, at: Tensor) -> Tensor:
         """d(k rho) / dlam."""
@@ -167,7 +183,6 @@ class _Noisy:
     """What makes a linear solver one of the reverse SDE: `level`, and the frame of its variable (x0 or eps)."""
 
     level: Level
-    strong_order = 1.0
     order = StochasticSolver.order
 
     def __post_init__(self) -> None:
@@ -178,10 +193,21 @@ class _Noisy:
         if not isinstance(self.level, kinds[self.variable]):  # type: ignore[attr-defined]
             raise TypeError(f"level is {self.level!r}; wanted a scoresde.solvers.Tau (or, with x0, Phi)")
 
-    def frame(self, sde: LinearSDE, t: Tensor) -> Frame:
+    @property
+    def strong_order(self) -> float:
+        """1; 1/2 for a tau that is a function, which is held over a step: where it jumps inside one, the jump comes late."""
+        return 0.5 if isinstance(self.level, Tau) and callable(self.level.tau) else 1.0
+
+    @property
+    def remembers(self) -> bool:
+        """Not where tau or phi is an object or a closure, which may change."""
+        fn = self.level.fn
+        return not callable(fn) or isinstance(fn, Band) or getattr(fn, "__closure__", fn) is None
+
+    def frame(self, sde: LinearSDE, t: Tensor, s: Tensor) -> Frame:
         """y and u at this noise level."""
         kind = {x0: DataFrame, eps: NoiseFrame}[self.variable]  # type: ignore[attr-defined]
-        return kind(self.variable, self.level, sde, t)  # type: ignore[attr-defined]
+        return kind(self.variable, self.level, sde, t, s)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, repr=False)
@@ -206,9 +232,11 @@ class NoisySingleStep(_Noisy, SingleStep, StochasticSolver):
 
 def _level(tau: Any) -> Tau | None:
     """The level of `tau=`; None is the flow."""
-    if callable(tau):
+    if callable(tau) and not isinstance(tau, type):
         return Tau(tau)
-    tau = check_number(tau, "tau", 0.0)
+    if isinstance(tau, bool) or not isinstance(tau, (int, float)):
+        raise TypeError(f"tau is {tau!r}; wanted a number, or a function of rho = sigma / alpha as Band(0.05, 1.0)")
+    tau = check_number(tau, "tau", 0.0, 1e6)
     return Tau(tau) if tau > 0 else None
 
 

@@ -36,7 +36,7 @@ class EulerMaruyama(StochasticSolver):
             i = int((size > 2).int().argmax())
             raise ValueError(
                 f"{self!r} is unstable in step {i + 1} of {len(size)}, t = {times[i]:.6g} -> {times[i + 1]:.6g}: |f| h = {size[i]:.3g}, "
-                "wanted at most 2; take more steps, grid=grid.logsnr, or a solver that is exact in f, such as Ancestral()"
+                "wanted at most 2; take more steps, another grid, or a solver that is exact in f, such as Ancestral()"
             )
 
     def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -112,7 +112,8 @@ class NoisyDDIM(StochasticSolver):
         sde, p = oracle.sde, oracle(x, t)
         a, b = cast(sde.alpha(s), x), sde.sigma(s)
         w = self.eta * b / sde.sigma(t) * sde.transition(s, t)[1]
-        return a * p.x0 + cast((b**2 - w**2).sqrt(), x) * p.eps + cast(w, x) * oracle.noise(x, t, s), None
+        kept = b * (1 - self.eta**2 + (self.eta * sde.rho(s) / sde.rho(t)) ** 2).sqrt()  # sqrt(b^2 - w^2), without the difference
+        return a * p.x0 + cast(kept, x) * p.eps + cast(w, x) * oracle.noise(x, t, s), None
 
 
 @dataclass(frozen=True)

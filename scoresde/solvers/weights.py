@@ -68,18 +68,18 @@ def segments(
 
 
 class Frame:
-    """y = x / m with dy = q du on each of the steps that start at times t `[n]`; for the flow, m and u are the variable's."""
+    """y = x / m with dy = q du on each of the steps from times t to times s `[n]`; for the flow, m and u are the variable's."""
 
-    def __init__(self, variable: Variable, sde: LinearSDE, t: torch.Tensor) -> None:
-        self.variable, self.sde, self.t = variable, sde, t
+    def __init__(self, variable: Variable, sde: LinearSDE, t: torch.Tensor, s: torch.Tensor) -> None:
+        self.variable, self.sde, self.t, self.s = variable, sde, t, s
 
-    def scale(self, s: torch.Tensor) -> list[float]:
-        """m at times s `[n]`, one a step."""
-        return self.variable.scale(self.sde.alpha(s), self.sde.sigma(s)).expand(s.shape).tolist()
+    def scale(self, at: torch.Tensor) -> list[float]:
+        """m at times `at` `[n]`, one a step."""
+        return self.variable.scale(self.sde.alpha(at), self.sde.sigma(at)).expand(at.shape).tolist()
 
-    def segments(self, coordinate: Clock | None, s: torch.Tensor) -> list[Segment]:
-        """The steps from t to s in this u."""
-        return segments(self.variable, coordinate, self.sde, self.t, s)
+    def segments(self, coordinate: Clock | None, at: torch.Tensor) -> list[Segment]:
+        """From t to times `at` in this u."""
+        return segments(self.variable, coordinate, self.sde, self.t, at)
 
     def spread(self, a: torch.Tensor, b: torch.Tensor) -> list[float]:
         """Deviation of what noise adds to y from a to b, one a step: none here."""

@@ -1,4 +1,7 @@
-"""Noise added to the path of any solver, and taken out again by it: EDM's churn and Restart. Noise levels are rho = sigma / alpha."""
+"""Noise added to the path of any solver, and taken out again by it: EDM's churn and Restart. Noise levels are rho = sigma / alpha.
+
+A stretch of time is crossed again, so that a stochastic solver inside wants fresh noise there: not one Brownian path.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,19 @@ def _cut(solver: Any) -> Solver:
     if not isinstance(solver, Solver):
         raise TypeError(f"solver is {solver!r}; wanted a Solver, as in Heun()")
     pieces = solver.in_pieces()
-    if not pieces.adaptive and pieces.evaluations(1) + pieces.evaluations(2) != pieces.evaluations(3):
-        raise ValueError(f"{solver!r} costs {pieces.evaluations(3)} evaluations in 3 steps and more in pieces of 1 and 2; {_MEND}")
+    wrong = [n for n in range(2, 41) if not pieces.adaptive and pieces.evaluations(n) != n * pieces.evaluations(1)]
+    if wrong:
+        n = wrong[0]
+        raise ValueError(
+            f"{solver!r} costs {pieces.evaluations(n)} evaluations in {n} steps, {n * pieces.evaluations(1)} in {n} pieces of one; wanted "
+            "a solver whose evaluations add up: see Solver.in_pieces"
+        )
     return pieces
 
 
-_MEND = "wanted a solver whose evaluations add up: see Solver.in_pieces"
+def _check_grid(wrapper: Around, times: Tensor) -> None:
+    if wrapper.adaptive and len(times) == 2:
+        raise ValueError(f"{wrapper!r} is on the two points of its adaptive solver, with no time to add noise at; pass times=")
 
 
 def _noised(oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, s_noise: float) -> Tensor:
@@ -73,7 +83,7 @@ class Churn(Around):
 
     def in_pieces(self) -> Solver:
         """Refused: gamma depends on the whole grid."""
-        raise ValueError(f"{self!r} sets its noise by the number of times in the whole grid; wanted a solver without noise to cut")
+        raise ValueError(f"{self!r} sets its noise by the number of times in the whole grid; wrappers do not nest: choose one")
 
     def evaluations(self, steps: int) -> int:
         """The solver's."""
@@ -81,6 +91,7 @@ class Churn(Around):
 
     def start(self, sde: LinearSDE, times: Tensor) -> Any:
         """(number of the step, the time that noise leads up to or None, a step; what starts a piece or None, a step; the state)."""
+        _check_grid(self, times)
         gamma = min(self.s_churn / len(times), math.sqrt(2) - 1)
         level = sde.rho(times[:-1])
         high = torch.minimum(level * (1 + gamma), sde.rho(torch.tensor(sde.t_max, dtype=torch.float64)))
@@ -98,6 +109,8 @@ class Churn(Around):
     def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x_s from x_t."""
         k, ups, states, inner = self.start(oracle.sde, torch.stack([t, s])) if state is None else state
+        if k == len(ups):
+            raise ValueError(f"{self!r} has made the {k} steps it was started for; start the solver on the grid it runs on")
         if ups[k] is not None:
             x, t = _noised(oracle, x, t, ups[k], self.s_noise), ups[k]
         x, inner = self.solver.step(oracle, x, t, s, states.get(k, inner))
@@ -146,7 +159,7 @@ class Restart(Around):
 
     def in_pieces(self) -> Solver:
         """Refused: the intervals belong to the whole grid."""
-        raise ValueError(f"{self!r} belongs to the whole grid; wanted a solver without noise to cut: one wrapper, not two")
+        raise ValueError(f"{self!r} belongs to the whole grid; wrappers do not nest: choose one")
 
     def evaluations(self, steps: int) -> int:
         """The solver's, on the grid and in every pass."""
@@ -154,6 +167,7 @@ class Restart(Around):
 
     def start(self, sde: LinearSDE, times: Tensor) -> Any:
         """(number of the step, {node: passes there, as (times, their starts)}, {node: start of a piece}, the state)."""
+        _check_grid(self, times)
         found: dict[int, list[tuple[Tensor, int]]] = {}
         levels = sde.rho(times)
         top = float(sde.rho(torch.tensor(sde.t_max, dtype=torch.float64)))
@@ -164,6 +178,8 @@ class Restart(Around):
                     f"low and at most {top:.6g} for high"
                 )
             below = [k for k in range(1, len(times)) if levels[k] * (1 + 1e-9) < high]
+            if not below:
+                raise ValueError(f"no time of this grid is below high = {high:g} by more than rounding; wanted a wider interval")
             node = min(below, key=lambda k: abs(math.log(levels[k] / low)))
             found.setdefault(node, []).append((between(sde, steps, min(high, top), times[node]), repeats))
         nodes = sorted({0, *found} - {len(times) - 1})
