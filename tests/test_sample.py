@@ -97,7 +97,7 @@ def test_fields_of_a_solution():
 
 def test_seeds_are_kept_and_repeat_the_call():
     for kwargs in ({}, {"seeds": [5, 3, 2**64 - 1]}, {"seeds": torch.tensor([5, 3, 4])}, {"seeds": range(3)}):
-        for solver in (s.DPMSolverPP(), s.EulerMaruyama()):
+        for solver in (s.DPMSolverPP(), s.Ancestral()):
             found = s.sample(MIX, (3, 2), solver, steps=4, **kwargs)
             again = s.sample(MIX, (3, 2), solver, steps=4, seeds=found.seeds)
             assert torch.equal(found.x, again.x)
@@ -342,7 +342,7 @@ def test_inference_mode_gives_the_same(model):
     x = start(3, torch.float32)
     calls = [
         lambda: s.sample(model, (3, 2), s.Heun(), nfe=9, seeds=range(3)).x,
-        lambda: s.sample(model, (3, 2), s.EulerMaruyama(), nfe=9, seeds=range(3)).x,
+        lambda: s.sample(model, (3, 2), s.Ancestral(), nfe=9, seeds=range(3)).x,
         lambda: s.sample(model, (3, 2), s.TorchDiffEq(rtol=1e-3, atol=1e-3), seeds=range(3)).x,
         lambda: s.encode(model, x, steps=4).x,
         lambda: s.log_prob(model, x, steps=4).value,

@@ -212,6 +212,7 @@ def test_the_law_of_samples_at_1000_steps(solver):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a thousand steps of a million scalars, half a minute on a free core
 @pytest.mark.parametrize("kind", ["Gaussian", "mixture"])
 @pytest.mark.parametrize("solver", LAWFUL, ids=label)
 def test_the_law_of_a_million_scalars_at_1000_steps(solver, kind):
@@ -222,6 +223,7 @@ def test_the_law_of_a_million_scalars_at_1000_steps(solver, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["Gaussian", "mixture"])
 def test_a_planted_bias_is_seen_in_a_million_scalars(kind):
     solver = SDEDPMSolverPP(2)
