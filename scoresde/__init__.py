@@ -5,7 +5,7 @@ The names here are the whole everyday vocabulary; the modules hold the functions
 """
 
 from . import checkpoint, grid, loss, metrics, nets, noise, orders, parameterizations, solvers, variables
-from .checks import NonFiniteError
+from .checks import NonFiniteError, Status, UnfinishedError
 from .denoiser import Denoiser, Preconditioned, Wrapped, flow, reverse_drift
 from .exact import Empirical, Gaussian, Mixture
 from .guidance import Clipped, Thresholded
@@ -59,6 +59,7 @@ __all__ = [
     "DPMSolver", "DPMSolverPP", "Denoiser", "DiscreteVP", "Empirical", "Euler", "EulerMaruyama", "Gaussian", "Heun",
     "Langevin", "LinearSDE", "LogProb", "Mixture", "NonFiniteError", "Oracle", "Preconditioned", "Prediction",
     "PredictorCorrector", "Quantized", "Rectified", "Restart", "ReverseDiffusion", "SASolver", "SDEDPMSolverPP", "Solution",
+    "Status", "UnfinishedError",
     "Solver", "Step", "StochasticHeun", "StochasticSolver", "SubVP", "Tabulated", "Thresholded", "TorchDiffEq", "UNet",
     "UniPC", "Wrapped", "bits_per_dim", "checkpoint", "decode", "dsm_loss", "encode", "fit", "flow", "grid", "log_prob",
     "loss", "metrics", "nets", "noise", "orders", "parameterizations", "reverse_drift", "sample", "solvers", "trajectory",

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["NonFiniteError"]
+__all__ = ["NonFiniteError", "Status", "UnfinishedError"]
 
 STATE_DTYPES = (torch.float32, torch.float64)
 
 
 class NonFiniteError(ArithmeticError):
     """A NaN or an infinity appeared: says which samples, at which step and time, and in what."""
+
+
+class UnfinishedError(RuntimeError):
+    """A solve stopped before its end, at a bound on its work or on its step size: says which samples, where, and the mend."""
+
+
+class Status(IntEnum):
+    """What became of a sample, where it is not finite: its status is then negative; k > 0 is the first step that left it non-finite."""
+
+    DONE = 0
+    MAX_NFE = -1  # it had used its evaluations
+    MIN_STEP = -2  # the error stayed too large down to the smallest step that time resolves
 
 
 def shape_of(x: Any) -> str:

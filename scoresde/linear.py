@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -36,8 +37,16 @@ def derivative(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         return torch.autograd.grad(y.sum(), u)[0].detach() if y.requires_grad else torch.zeros_like(u)
 
 
+_REGULAR: WeakValueDictionary[int, LinearSDE] = WeakValueDictionary()
+
+
 def check_regular(sde: LinearSDE) -> LinearSDE:
-    """Return `sde` when logsnr is finite and falls all the way (257 times, and the ends); raise a ValueError otherwise."""
+    """Return `sde` when logsnr is finite and falls all the way (257 times, and the ends); raise a ValueError otherwise.
+
+    An SDE is looked at once: denoisers are made again for every selection of rows.
+    """
+    if _REGULAR.get(id(sde)) is sde:
+        return sde
     ends = sde.logsnr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).tolist()
     if not math.inf > ends[0] > ends[1] > -math.inf:
         raise ValueError(
@@ -52,6 +61,7 @@ def check_regular(sde: LinearSDE) -> LinearSDE:
             f"the logsnr of {sde!r} is not finite or does not fall between t = {t[i]:.6g} and {t[i + 1]:.6g}; wanted alpha, sigma > 0 "
             "with sigma / alpha growing on all of [t_min, t_max]"
         )
+    _REGULAR[id(sde)] = sde
     return sde
 
 

@@ -213,9 +213,33 @@ class _Brownian(_Seeded):
 
     def _at(self, ticks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """W and J = int W du from t_min to these ticks, float64 `[B, n]`: functions of the seeds and the ticks alone."""
-        value = self._known.pop(ticks, None) or self._descend(ticks)
+        value = self._known.pop(ticks, None) or self._meet(ticks)
         self._known = {**dict([*self._known.items()][-1:]), ticks: value}
         return value
+
+    def _meet(self, ticks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Row by row: one that was at this time in either of the last two queries is not sent down the tree again."""
+        if len(ticks) == 1 or not self._known:
+            return self._descend(ticks)
+        w, j = (torch.empty(len(ticks), self._kind[0], dtype=torch.float64, device=self._kind[1]) for _ in range(2))
+        at, new = torch.tensor(ticks), torch.ones(len(ticks), dtype=torch.bool)
+        for key, (w_key, j_key) in self._known.items():
+            old = new & (at == torch.tensor(key))
+            w[old], j[old] = w_key[old], j_key[old]
+            new &= ~old
+        if bool(new.any()):
+            part, left = _Seeded.select(self, new), at[new].tolist()
+            part._kind, part._path = self._kind, []
+            w[new], j[new] = part._descend(tuple(left[:1] if len(set(left)) == 1 else left))
+        return w, j
+
+    def select(self, index: Any) -> Noise:
+        """The paths of these rows, which remember where they were."""
+        noise = super().select(index)
+        noise._path, noise._kind = [], self._kind
+        rows = lambda key: key if len(key) == 1 else tuple(torch.tensor(key)[index].tolist())
+        noise._known = {rows(key): (w[index], j[index]) for key, (w, j) in self._known.items()}
+        return noise
 
     def _splits(self, ticks: tuple[int, ...], levels: range) -> Iterator[tuple[Tensor, Tensor]]:
         """The two normals of every node on the way down, those of several levels at once where the batch is small."""

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .checks import NonFiniteError
+from .checks import NonFiniteError, Status, UnfinishedError
 from .denoiser import Denoiser, check_denoiser
 from .linear import LinearSDE
 from .noise import Noise
@@ -26,7 +27,8 @@ class Oracle:
     """A denoiser being queried: `oracle(x, t) -> Prediction`, counted; a context manager that counts network passes while open.
 
     denoiser: what is asked; noise: where a stochastic solver's randomness comes from (None: asking for it is an error);
-    rows: the number of samples B. `nfe` `[B]` int64 on the CPU counts evaluations a sample. `ledger` splits the cost of a sample:
+    rows: the number of rows B, of which the first `kept` (all) are samples and the others padding, not counted; exact: the network
+    must always see B rows, so that what asks for fewer pads them (`pad`). `nfe` `[B]` int64 on the CPU counts evaluations a sample. `ledger` splits the cost of a sample:
     score (solver evaluations), denoise (the final mean), rejected (evaluations of rejected adaptive steps, counted in score too),
     network (passes of the leaves that own a network, in rows / B), guidance (network passes beyond one an evaluation) and
     divergence (derivative passes in forward-equivalents: 1 a JVP, 2 a VJP). names: the numbers of the rows in the caller's batch, for
@@ -34,21 +36,26 @@ class Oracle:
     """
 
     def __init__(
-        self, denoiser: Denoiser, rows: int, noise: Noise | None = None, *, names: Tensor | None = None, throw: bool = True
-    ) -> None:
+        self, denoiser: Denoiser, rows: int, noise: Noise | None = None, *, names: Tensor | None = None, throw: bool = True,
+        kept: int | None = None, exact: bool = False,
+    ) -> None:  # fmt: skip
         self.denoiser, self.noise_source = check_denoiser(denoiser), noise
         self.sde: LinearSDE = denoiser.sde
         self.throw = throw
         self.names = torch.arange(rows) if names is None else names
-        self._size = rows
+        self._size, self.kept, self.exact = rows, rows if kept is None else kept, exact
         self._calls = [0]  # of the whole batch; one list for this oracle and its selections
         self._each = torch.zeros(rows, dtype=torch.int64)  # and those of selections, by row
         self._rows: Tensor | None = None  # of the root's batch, when this is a selection
         self._kind = "score"
         self._passes = 0
+        self._now = [float(max(1, rows)), 1.0]  # the rows of the last question, and its share of the samples
         self._counts = dict.fromkeys(("score", "denoise", "rejected", "network", "divergence"), 0.0)
         self._handles: list[RemovableHandle] = []
+        self._watched: WeakSet[Denoiser] | None = None  # while open
+        self._recorder, self._hook = self.record, self._on_forward  # this oracle's, in its selections too
         self._marks: list[Tensor] = []
+        self._lost = torch.zeros(rows, dtype=torch.int64)
         slack = _ROUNDING * self.sde.t_max
         self._span = (self.sde.t_min - slack, self.sde.t_max + slack)
 
@@ -80,7 +87,8 @@ class Oracle:
             share = 1.0
         else:
             self._each[self._rows] += 1
-            share = len(self._rows) / max(1, self._size)
+            share = self._share(self._rows)
+        self._now[:] = [max(1, self._size if self._rows is None else len(self._rows)), share]
         counts[self._kind] += share
         counts["network"] += self._passes * share
 
@@ -107,12 +115,25 @@ class Oracle:
         part.noise_source = None if self.noise_source is None else self.noise_source.select(index)
         part._rows = index if self._rows is None else self._rows[index]
         part.names = self.names[index]
+        part._attach()
         return part
+
+    def pad(self, index: Tensor) -> Tensor:
+        """These rows, and copies of the last up to the size of the batch where the network must always see as many (`exact`)."""
+        return torch.cat([index, index[-1:].expand(self._size - len(index))]) if self.exact else index
+
+    def _share(self, rows: Tensor) -> float:
+        """Part of the samples that these rows are: padding does not count."""
+        return len(rows[rows < self.kept].unique()) / max(1, self.kept)
 
     # --- counting ---------------------------------------------------------------------------------------------------------
     def record(self, name: str, amount: float) -> None:
-        """Add `amount` network passes a sample of kind `name` to the ledger."""
-        self._counts[name] = self._counts.get(name, 0.0) + amount
+        """Add `amount` network passes of kind `name`, for each sample of the last question, to the ledger."""
+        self._counts[name] = self._counts.get(name, 0.0) + amount * self._now[1]
+
+    def reject(self, rows: Tensor, amount: float) -> None:
+        """Note that the last `amount` evaluations of these rows were of steps not taken."""
+        self._counts["rejected"] += amount * self._share(rows)
 
     @contextmanager
     def counting(self, kind: str) -> Iterator[None]:
@@ -131,28 +152,36 @@ class Oracle:
         return {**counts, "guidance": max(0.0, extra) if counts["network"] else 0.0}
 
     def __enter__(self) -> Oracle:
-        denoisers = [m for m in self.denoiser.modules() if isinstance(m, Denoiser)]
-        for m in denoisers:
-            m.recorders.append(self.record)
-        if len(denoisers) == 1:  # it owns the network: an evaluation is one pass, and a hook would cost more than the count
-            self._passes = 1
-            return self
-        for m in denoisers:
-            if not any(isinstance(c, Denoiser) for c in m.modules() if c is not m):
-                self._handles.append(m.register_forward_hook(self._on_forward, with_kwargs=True))
+        self._watched = WeakSet()
+        # One denoiser owns the network: an evaluation is one pass, and a hook would cost more than the count.
+        self._passes = int(sum(isinstance(m, Denoiser) for m in self.denoiser.modules()) == 1)
+        self._attach()
         return self
+
+    def _attach(self) -> None:
+        """Have the denoisers that are new to this solve tell what they do; a selection of a wrapper is a new one."""
+        if self._watched is None:
+            return
+        for m in self.denoiser.modules():
+            if isinstance(m, Denoiser) and m not in self._watched:
+                self._watched.add(m)
+                if self._recorder not in m.recorders:
+                    m.recorders.append(self._recorder)
+                if not self._passes and not any(isinstance(c, Denoiser) for c in m.modules() if c is not m):
+                    self._handles.append(m.register_forward_hook(self._hook, with_kwargs=True))
 
     def __exit__(self, *_: Any) -> None:
         self._passes = 0
         while self._handles:
             self._handles.pop().remove()
-        for m in self.denoiser.modules():
-            if isinstance(m, Denoiser) and self.record in m.recorders:
-                m.recorders.remove(self.record)
+        for m in self._watched or ():
+            if self._recorder in m.recorders:
+                m.recorders.remove(self._recorder)
+        self._watched = None
 
     def _on_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any) -> None:
-        x = args[0] if args else kwargs["x"]
-        self._counts["network"] += len(x) / max(1, self._size)
+        x, (rows, share) = args[0] if args else kwargs["x"], self._now
+        self._counts["network"] += len(x) / rows * share
 
     def begin(self, x: Tensor) -> None:
         """Start to watch a trajectory from x `[B, *shape]`."""
@@ -167,30 +196,44 @@ class Oracle:
         self._marks.append((x if x.ndim == 2 else x.flatten(1)).sum(1))
 
     def status(self) -> Tensor:
-        """`[B]` int64 on the CPU: 0 for a finite sample, else the number (from 1) of the first step that left it non-finite."""
-        if not self._marks:
-            return torch.zeros(self._size, dtype=torch.int64)
-        marks = torch.stack(self._marks)
+        """`[B]` int64 on the CPU: 0 for a finite sample, a negative `Status` for one given up (`lose`), else the number (from 1) of
+
+        the first step that left it non-finite.
+        """
+        marks = torch.stack(self._marks) if self._marks else torch.zeros(1, self._size)
         if math.isfinite(float(marks.sum())):
-            return torch.zeros(self._size, dtype=torch.int64)
+            return self._lost.clone()
         bad = ~marks.isfinite().cpu()
-        return torch.where(bad.any(0), bad.int().argmax(0) + 1, 0)
+        return torch.where(self._lost < 0, self._lost, torch.where(bad.any(0), bad.int().argmax(0) + 1, 0))
+
+    def lose(self, rows: Tensor, status: Status, problem: str) -> None:
+        """Give these rows up with a status; raises what it means when the oracle throws: `problem` says where they are and the mend.
+
+        Status.DONE is for rows that met NaN, which `watch` finds by itself. The solver leaves NaN in all of them.
+        """
+        if self.throw:
+            error = UnfinishedError if status else NonFiniteError
+            raise error(f"{self._who(self.names[rows])} {problem}")
+        if status:
+            self._lost[rows] = int(status)
+
+    def _who(self, names: Tensor) -> str:
+        names, everyone = names.unique(), self.names.unique()  # padding repeats a row
+        return f"samples {names[:8].tolist()}{' and more' if len(names) > 8 else ''} ({len(names)} of {len(everyone)})"
 
     def check(self, times: Tensor) -> Tensor:
         """The status; raises NonFiniteError when a watched state was not finite, naming samples, step and times."""
         status = self.status()
         if self.throw and bool(status.any()):
             step = int(status[status > 0].min())
-            rows, all_rows = self.names[status > 0].unique(), self.names.unique()  # padding repeats a row
             n = len(times) - 1
             there = (
                 f"step {step} of {n} (t = {times[step - 1]:.6g} -> {times[step]:.6g})"
                 if step <= n
                 else f"the mean at t = {times[n]:.6g}"
             )
-            more = " and more" if len(rows) > 8 else ""
             raise NonFiniteError(
-                f"the state of samples {rows[:8].tolist()}{more} ({len(rows)} of {len(all_rows)}) is not finite after {there}: the "
+                f"the state of {self._who(self.names[status > 0])} is not finite after {there}: the "
                 "denoiser returned NaN or infinity there, or the step overflowed; check the network at that time, or use throw=False "
                 "and read .status"
             )

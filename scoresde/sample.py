@@ -17,7 +17,7 @@ from .checks import STATE_DTYPES, check_callable, check_count, check_finite, che
 from .denoiser import Denoiser, Preconditioned, check_denoiser
 from .grid import Grid, check_times, karras, logsnr, rectified
 from .linear import LinearSDE
-from .noise import Noise, entropy_seeds, gaussian, seeded
+from .noise import Noise, brownian, entropy_seeds, gaussian, seeded
 from .oracle import Oracle
 from .solvers import AdamsMoulton, DPMSolverPP, Solver, TorchDiffEq, UniPC, bh1
 from .variables import V, eps, lam, velocity
@@ -164,16 +164,21 @@ def chunks(rows: int, microbatch: int | None) -> Iterator[tuple[Tensor, int]]:
         yield torch.arange(0), 0
 
 
-def noise_of(rows: int, seeds: Any, generator: torch.Generator | None) -> tuple[Noise, Any]:
-    """The noise source of a call, and the seeds that repeat it."""
+def noise_of(
+    rows: int, seeds: Any, generator: torch.Generator | None, path: tuple[float, float] | None = None
+) -> tuple[Noise, Any]:
+    """The noise source of a call, one Brownian path a row over `path` where that is given, and the seeds that repeat it."""
     if generator is not None:
         if seeds is not None:
             raise ValueError("seeds and generator are both given; wanted one")
-        return gaussian(generator), None
+        noise = gaussian(generator)
+        if path is None:
+            return noise, None
+        seeds = torch.randint(2**63 - 1, (rows,), generator=generator, device=generator.device)
     if seeds is None:
         seeds = entropy_seeds(rows)
     seeds = seeds if isinstance(seeds, (Sequence, Tensor)) or not isinstance(seeds, Iterable) else list(seeds)
-    noise = seeded(seeds)
+    noise = seeded(seeds) if path is None else brownian(seeds, *path)
     check_rows(seeds, rows, "seeds")
     return noise, seeds
 
@@ -200,7 +205,7 @@ def solve(
         whole = size == kept == rows
         part_noise = noise if noise is None or whole else noise.select(index)
         part = denoiser if whole else denoiser.select(index)
-        oracle = Oracle(wrap(part, part_noise), size, part_noise, names=index, throw=throw)
+        oracle = Oracle(wrap(part, part_noise), size, part_noise, names=index, throw=throw, kept=kept, exact=microbatch is not None)
         with oracle:
             last = x.clone() if whole else x[index.to(x.device)]  # its own: a solver may write into it
             for _, state in _steps(oracle, solver, last, times):
@@ -253,7 +258,8 @@ def sample(
     times = plan(sde, solver, nfe=nfe, steps=steps, times=times, grid=grid, extra=int(denoise))
     if times[1] > times[0]:
         raise ValueError(f"times run up, from {times[0]:.6g} to {times[-1]:.6g}; sampling runs down: times.flip(0)")
-    noise, kept = noise_of(shape[0], seeds, generator)
+    path = (sde.t_min, sde.t_max) if solver.brownian else None
+    noise, kept = noise_of(shape[0], seeds, generator, path)
     if x is None:
         if times[0] != sde.t_max:
             raise ValueError(

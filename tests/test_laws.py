@@ -198,7 +198,7 @@ def test_dtype_shape_and_device_are_kept(solver, dtype):
         assert len(found.status) == len(found.nfe_each) == b
 
 
-SEED_SOLVERS = [s for s in SOLVERS if not s.batchwise]
+SEED_SOLVERS = [s for s in SOLVERS if s.independent]
 
 
 @pytest.mark.parametrize("solver", SEED_SOLVERS, ids=label)
@@ -215,7 +215,7 @@ def test_same_seeds_same_x_for_any_split_order_and_microbatch(solver):
     assert (a - whole).abs().max() < 1e-12
 
 
-def test_batchwise_solver_is_independent_at_microbatch_one():
+def test_a_coupled_solver_is_independent_at_microbatch_one():
     denoiser, solver = mixture(VP()), TorchDiffEq(rtol=1e-3, atol=1e-3)
     whole = scoresde.sample(denoiser, (5, 2), solver, seeds=range(5), dtype=D, microbatch=1)
     alone = scoresde.sample(denoiser, (1, 2), solver, seeds=[3], dtype=D)

@@ -91,7 +91,7 @@ class TorchDiffEq(Solver):
     max_nfe: int = 10_000
     grid = staticmethod(interval)
     adaptive = True
-    batchwise = True
+    independent = False
     invariant = False
 
     def __post_init__(self) -> None:

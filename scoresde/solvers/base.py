@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -20,16 +21,18 @@ class Solver(ABC):
     """One step x_t -> x_s of a frozen set of hyperparameters. A deterministic solver goes down (sampling) and up (likelihood).
 
     Class attributes a subclass may set: `grid`, the rule it recommends for sampling; `adaptive`, it chooses its own inner steps;
-    `batchwise`, one step size for the whole batch, so that batch mates matter; `invariant`, the step knows the schedule through
-    rho = sigma / alpha alone, so that x / alpha is the same under every SDE; `past`, how many earlier evaluations a step uses.
+    `independent`, no sample's result depends on its batch mates; `invariant`, the step knows the schedule through rho = sigma / alpha
+    alone, so that x / alpha is the same under every SDE; `past`, how many earlier evaluations a step uses; `brownian`, its noise must
+    be increments of one path a sample, whatever the intervals: `sample` draws it by `noise.brownian`.
     `stochastic` is a property: a solver that draws noise states `weak_order` and `strong_order`, not `order`.
     """
 
     grid: ClassVar[Any] = staticmethod(logsnr)  # a Grid; Any because a checker would bind it as a method
     adaptive: ClassVar[bool] = False
-    batchwise: ClassVar[bool] = False
+    independent: ClassVar[bool] = True
     invariant: ClassVar[bool] = True
     past: ClassVar[int] = 0
+    brownian: ClassVar[bool] = False
 
     @property
     def stochastic(self) -> bool:
@@ -98,25 +101,11 @@ class Around(StochasticSolver):
     def inner(self) -> Solver:
         """The solver that goes from t to s."""
 
-    @property
-    def grid(self) -> Any:
-        """The inner solver's."""
-        return self.inner.grid
-
-    @property
-    def adaptive(self) -> bool:
-        """The inner solver's."""
-        return self.inner.adaptive
-
-    @property
-    def batchwise(self) -> bool:
-        """The inner solver's."""
-        return self.inner.batchwise
-
-    @property
-    def invariant(self) -> bool:
-        """The inner solver's."""
-        return self.inner.invariant
+    grid: ClassVar[Any] = property(attrgetter("inner.grid"))
+    adaptive: ClassVar[Any] = property(attrgetter("inner.adaptive"))
+    independent: ClassVar[Any] = property(attrgetter("inner.independent"))
+    invariant: ClassVar[Any] = property(attrgetter("inner.invariant"))
+    brownian: ClassVar[Any] = property(attrgetter("inner.brownian"))
 
     @property
     def weak_order(self) -> float:
