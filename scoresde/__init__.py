@@ -14,6 +14,7 @@ from .loss import dsm_loss
 from .nets import MLP, UNet
 from .oracle import Oracle
 from .parameterizations import Prediction
+from .pilot import Frozen, freeze
 from .sample import Solution, decode, encode, sample, trajectory
 from .sde import EDM, SDE, VE, VP, Cosine, DiscreteVP, LinearSDE, Rectified, SubVP, Tabulated
 from .solvers import (
@@ -28,25 +29,33 @@ from .solvers import (
     SRA3,
     AdamsBashforth,
     AdamsMoulton,
+    Adaptive,
+    AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
     Band,
     Churn,
+    Dopri5,
+    Dopri8,
+    DPMAdaptive,
     DPMSolver,
     DPMSolverPP,
     Euler,
     EulerMaruyama,
     Heun,
+    ImprovedEuler,
     Langevin,
     PredictorCorrector,
     Restart,
     ReverseDiffusion,
     SASolver,
+    ScipyIVP,
     SDEDPMSolverPP,
     Solver,
     StochasticHeun,
     StochasticSolver,
     TorchDiffEq,
+    TorchSDE,
     UniPC,
 )
 from .train import EMA, Step, fit
@@ -55,13 +64,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DDIM", "DEIS", "EDM", "EMA", "ERSDE", "IPNDM", "MALA", "MLP", "RK4", "SDE", "SEEDS", "SRA1", "SRA3", "VE", "VP",
-    "AdamsBashforth", "AdamsMoulton", "Ancestral", "AnnealedLangevin", "Band", "BitsPerDim", "Churn", "Clipped", "Cosine",
-    "DPMSolver", "DPMSolverPP", "Denoiser", "DiscreteVP", "Empirical", "Euler", "EulerMaruyama", "Gaussian", "Heun",
-    "Langevin", "LinearSDE", "LogProb", "Mixture", "NonFiniteError", "Oracle", "Preconditioned", "Prediction",
-    "PredictorCorrector", "Quantized", "Rectified", "Restart", "ReverseDiffusion", "SASolver", "SDEDPMSolverPP", "Solution",
-    "Status", "UnfinishedError",
-    "Solver", "Step", "StochasticHeun", "StochasticSolver", "SubVP", "Tabulated", "Thresholded", "TorchDiffEq", "UNet",
-    "UniPC", "Wrapped", "bits_per_dim", "checkpoint", "decode", "dsm_loss", "encode", "fit", "flow", "grid", "log_prob",
-    "loss", "metrics", "nets", "noise", "orders", "parameterizations", "reverse_drift", "sample", "solvers", "trajectory",
-    "variables",
+    "AdamsBashforth", "AdamsMoulton", "Adaptive", "AdaptiveSDE", "Ancestral", "AnnealedLangevin", "Band", "BitsPerDim", "Churn",
+    "Clipped", "Cosine", "DPMAdaptive", "DPMSolver", "DPMSolverPP", "Denoiser", "DiscreteVP", "Dopri5", "Dopri8", "Empirical",
+    "Euler", "EulerMaruyama", "Frozen", "Gaussian", "Heun", "ImprovedEuler", "Langevin", "LinearSDE", "LogProb", "Mixture",
+    "NonFiniteError", "Oracle", "Preconditioned", "Prediction", "PredictorCorrector", "Quantized", "Rectified", "Restart",
+    "ReverseDiffusion", "SASolver", "SDEDPMSolverPP", "ScipyIVP", "Solution", "Solver", "Status", "Step", "StochasticHeun",
+    "StochasticSolver", "SubVP", "Tabulated", "Thresholded", "TorchDiffEq", "TorchSDE", "UNet", "UnfinishedError", "UniPC",
+    "Wrapped", "bits_per_dim", "checkpoint", "decode", "dsm_loss", "encode", "fit", "flow", "freeze", "grid", "log_prob", "loss",
+    "metrics", "nets", "noise", "orders", "parameterizations", "reverse_drift", "sample", "solvers", "trajectory", "variables",
 ]  # fmt: skip

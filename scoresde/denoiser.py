@@ -69,6 +69,10 @@ class Denoiser(nn.Module, ABC):
         """The same denoiser for these rows of the batch: itself, unless it holds per-sample tensors."""
         return self
 
+    def error_scale(self, t: Tensor) -> Tensor:
+        """Size of x at times t `[B, 1, ..., 1]`, of which an adaptive solver's atol is a part: alpha + sigma."""
+        return self.sde.alpha(t) + self.sde.sigma(t)
+
     def error_norm(self, ratio: Tensor) -> Tensor:
         """Size `[B]` of an error over its tolerance, of the shape of x: what an adaptive solver keeps below 1. Root mean square."""
         return ratio.flatten(1).square().mean(1).sqrt()

@@ -82,6 +82,12 @@ class Augmented(Denoiser):
                 self.batched = False
         return torch.stack([back(v)[0] for v in vectors])
 
+    def error_scale(self, t: Tensor) -> Tensor:
+        """That of x; of an l-channel w alpha, so that atol is in nats."""
+        alpha, sigma = (c.reshape(-1, 1) for c in (self.sde.alpha(t), self.sde.sigma(t)))
+        d, k = self.shape.numel(), max(1, self.probes)
+        return torch.cat([(alpha + sigma).expand(-1, d), (self.weight * alpha).expand(-1, k)], 1)
+
     def error_norm(self, ratio: Tensor) -> Tensor:
         """The larger of that of x and that of the l-channels, which would drown among D others in one mean."""
         d = self.shape.numel()

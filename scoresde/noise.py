@@ -12,7 +12,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -151,6 +151,9 @@ class _Seeded(Noise):
         return _inside(unit(philox(self._key, draw, stream, n)).to(x.dtype)).reshape(x.shape)
 
     def select(self, index: Any) -> Noise:
+        return self._rows_of(index)
+
+    def _rows_of(self, index: Any) -> Self:
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self._key.device)
             if index.ndim != 1:
@@ -228,14 +231,14 @@ class _Brownian(_Seeded):
             w[old], j[old] = w_key[old], j_key[old]
             new &= ~old
         if bool(new.any()):
-            part, left = _Seeded.select(self, new), at[new].tolist()
+            part, left = self._rows_of(new), at[new].tolist()
             part._kind, part._path = self._kind, []
             w[new], j[new] = part._descend(tuple(left[:1] if len(set(left)) == 1 else left))
         return w, j
 
     def select(self, index: Any) -> Noise:
         """The paths of these rows, which remember where they were."""
-        noise = super().select(index)
+        noise = self._rows_of(index)
         noise._path, noise._kind = [], self._kind
         rows = lambda key: key if len(key) == 1 else tuple(torch.tensor(key)[index].tolist())
         noise._known = {rows(key): (w[index], j[index]) for key, (w, j) in self._known.items()}

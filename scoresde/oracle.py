@@ -28,7 +28,8 @@ class Oracle:
 
     denoiser: what is asked; noise: where a stochastic solver's randomness comes from (None: asking for it is an error);
     rows: the number of rows B, of which the first `kept` (all) are samples and the others padding, not counted; exact: the network
-    must always see B rows, so that what asks for fewer pads them (`pad`). `nfe` `[B]` int64 on the CPU counts evaluations a sample. `ledger` splits the cost of a sample:
+    must always see B rows, so that what asks for fewer pads them (`pad`). `nfe` `[B]` int64 on the CPU counts evaluations a sample.
+    `ledger` splits the cost of a sample:
     score (solver evaluations), denoise (the final mean), rejected (evaluations of rejected adaptive steps, counted in score too),
     network (passes of the leaves that own a network, in rows / B), guidance (network passes beyond one an evaluation) and
     divergence (derivative passes in forward-equivalents: 1 a JVP, 2 a VJP). names: the numbers of the rows in the caller's batch, for

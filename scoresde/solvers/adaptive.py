@@ -1,129 +1,228 @@
-"""Adaptive solvers of the probability flow."""
+"""Adaptive solvers: any single-step solver with an embedded lower order, in steps of its own; and one of the reverse SDE."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
-from ..checks import NonFiniteError, check_count, check_number
-from ..denoiser import flow
-from ..grid import interval
+from ..linear import LinearSDE
 from ..oracle import Oracle
-from .base import Solver
+from ..variables import Clock, Variable, check_variable, eps, lam, velocity
+from ..variables import t as time_clock
+from .base import Solver, StochasticSolver
+from .control import Controlled
+from .exponential import SingleStep
+from .families import AdamsMoulton, Heun, check_order
+from .stochastic import ImprovedEuler, improved_euler
+from .tableau import DOPRI5, DOPRI8, OF_ORDER, Tableau
+from .weights import exact, segment
 
-__all__ = ["TorchDiffEq"]
-
-_ORDERS = {"dopri8": 8, "dopri5": 5, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
-
-
-class _Field:
-    """dx/dt as torchdiffeq calls it: (t, x), bounded, finite, never outside [t, s]; rejected steps are told to the ledger."""
-
-    def __init__(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, max_nfe: int) -> None:
-        self.oracle, self.max_nfe = oracle, max_nfe
-        self.ends = (float(t), float(s))
-        self.calls = self.settled = 0
-        self.lost = self.of_rows(~x.isfinite())  # samples that met NaN stand still from there, and end as NaN
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        if self.calls >= self.max_nfe:
-            raise RuntimeError(
-                f"the solve from t = {self.ends[0]:.6g} to {self.ends[1]:.6g} has used max_nfe = {self.max_nfe} evaluations and is at "
-                f"t = {float(t):.6g}; loosen rtol and atol, or allow more with max_nfe="
-            )
-        self.calls += 1
-        u = t.detach().to("cpu", torch.float64).clamp(min(self.ends), max(self.ends))
-        if bool(u.isnan()):
-            raise RuntimeError(
-                f"the step size from t = {self.ends[0]:.6g} to {self.ends[1]:.6g} is not finite; loosen rtol and atol"
-            )
-        dx = flow(self.oracle, x, u)
-        bad = self.of_rows(~dx.isfinite()) & ~self.lost
-        if bool(bad.any()):
-            rows = self.oracle.names[bad.flatten().cpu()].unique().tolist()
-            if self.oracle.throw:
-                raise NonFiniteError(
-                    f"dx/dt of samples {rows[:8]} ({len(rows)} of {len(self.oracle.names.unique())}) is not finite at "
-                    f"t = {float(u):.6g}, evaluation {self.calls}: the denoiser returned NaN or infinity there; check the network at "
-                    "that time, or use throw=False and read .status"
-                )
-            self.lost = self.lost | bad
-        return dx.masked_fill(self.lost, 0.0)
-
-    @staticmethod
-    def of_rows(where: Tensor) -> Tensor:
-        """Whether any entry of a row is marked, `[B, 1, ..., 1]`."""
-        return where.flatten(1).any(1).reshape(-1, *[1] * (where.ndim - 1))
-
-    def norm(self, ratio: Tensor) -> Tensor:
-        """Largest over the samples not lost: the tolerance holds for each, whoever its mates are.
-
-        Detached: a gradient is that of the steps taken, not of the rule that chose them.
-        """
-        return self.oracle.denoiser.error_norm(ratio.detach().masked_fill(self.lost, 0.0)).max()
-
-    def callback_accept_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
-        self.settled = self.calls
-
-    def callback_reject_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
-        self.oracle.record("rejected", self.calls - self.settled)
-        self.settled = self.calls
+__all__ = ["Adaptive", "AdaptiveSDE", "DPMAdaptive", "Dopri5", "Dopri8"]
 
 
-@dataclass(frozen=True)
-class TorchDiffEq(Solver):
-    """An adaptive method of torchdiffeq on dx/dt, time from t to s: dopri5, dopri8, bosh3, fehlberg2 or adaptive_heun.
+@dataclass(frozen=True, repr=False)
+class Adaptive(Controlled):
+    """A single-step solver in steps of its own: `Adaptive(Heun(), rtol=1e-3)`. Any whose tableau has a `lower` row.
 
-    rtol, atol bound the local error of each sample (root mean square over its entries; a likelihood's l-channels apart). The step is
-    one for the whole batch (the worst sample's), so a sample's last digits depend on its batch mates; `microbatch=1` makes them
-    independent. max_nfe bounds the work of one interval: RuntimeError. NonFiniteError names the samples and t. Chen et al. 2018
-    (NeurIPS); Dormand & Prince 1980 for dopri5.
+    The error of a step is the distance of its two ends, of the tableau's order and of one less, and the better is kept. The rest as in
+    `Controlled`. Hairer, Norsett & Wanner 1993, II.4.
     """
 
-    method: str = "dopri5"
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    max_nfe: int = 10_000
-    grid = staticmethod(interval)
-    adaptive = True
-    independent = False
-    invariant = False
+    solver: SingleStep = field(default_factory=Heun)
+    name: str = field(default="", compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.method not in _ORDERS:
-            raise ValueError(f"method is {self.method!r}; wanted one of {sorted(_ORDERS)}")
-        check_number(self.rtol, "rtol", 0.0, 1.0)
-        check_number(self.atol, "atol", 0.0, open_low=True)
-        check_count(self.max_nfe, "max_nfe")
+        super().__post_init__()
+        if not isinstance(self.solver, SingleStep) or not self.solver.tableau.lower:
+            raise TypeError(
+                f"solver is {self.solver!r}; wanted a single-step solver with an embedded lower order: Heun(), DPMSolver(2 or 3), or a "
+                "SingleStep of your own tableau with lower="
+            )
+
+    def __repr__(self) -> str:
+        shown = [f"{k}={getattr(self, k)!r}" for k in ("rtol", "atol", "pid", "max_nfe")]
+        inner = self.name or f"Adaptive({self.solver!r})"
+        return f"{inner[:-1]}{'' if inner.endswith('(') else ', '}{', '.join(shown)})"
+
+    @property
+    def fixed(self) -> Solver:
+        """AdamsMoulton(5): on a grid that is given, a past costs nothing, and single steps lose to it."""
+        return AdamsMoulton(5)
 
     @property
     def order(self) -> int:
-        """Order of the method's solution; the error is set by the tolerances."""
-        return _ORDERS[self.method]
+        """Order of the solution that is kept; the error is set by the tolerances."""
+        return self.solver.order
 
-    def evaluations(self, steps: int) -> int:
-        """Unknown before the solve: TypeError."""
-        raise TypeError("an adaptive solver chooses its steps: read .nfe of the solution; max_nfe= bounds it")
+    @property
+    def invariant(self) -> bool:
+        """Whether the steps know the schedule through rho alone."""
+        return self.solver.invariant
 
-    def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """x_s from x_t, any number of evaluations."""
-        if not len(x):
-            return x, None
-        field = _Field(oracle, x, t, s, self.max_nfe)
-        options = {"step_t": s[None], "norm": field.norm}  # step_t: it would step past s and interpolate back
-        span = torch.stack([t, s]).to(x.device)
-        try:
-            x = odeint(
-                field, x.masked_fill(field.lost, 0.0), span, rtol=self.rtol, atol=self.atol, method=self.method, options=options
-            )[-1]
-        except AssertionError as error:
-            raise RuntimeError(
-                f"torchdiffeq gave up between t = {float(t):.6g} and {float(s):.6g} after {field.calls} evaluations ({error}); loosen "
-                "rtol and atol, solve in float64, or check that the denoiser is smooth"
-            ) from error
-        return x.masked_fill(field.lost, math.nan), None
+    @property
+    def error_order(self) -> int:
+        """That of the lower solution's local error."""
+        return self.solver.order
+
+    @property
+    def cost(self) -> int:
+        """A tableau's worth a try: where it ends in an evaluation, the next step's first is it."""
+        return len(self.solver.tableau.fractions)
+
+    @property
+    def clock(self) -> Clock:
+        """The tableau's coordinate."""
+        own = self.solver.variable.clock
+        return self.solver.coordinate or own if self.solver.tableau.through else own
+
+    def _q(self, oracle: Oracle, x: Tensor, t: Tensor) -> Tensor:
+        p, r = self.solver.variable.read(oracle.sde, t)
+        return column(p, x) * x + column(r, x) * oracle.mean(x, column(t, x, torch.float64))
+
+    def _scale(self, sde: LinearSDE, x: Tensor, t: Tensor) -> Tensor:
+        return column(self.solver.variable.scale(sde.alpha(t), sde.sigma(t)), x)
+
+    def _tolerance(self, oracle: Oracle, size: Tensor, t: Tensor) -> Tensor:
+        scale = oracle.denoiser.error_scale(t.reshape(-1, *[1] * (size.ndim - 1)))
+        return self.atol * scale.to(size) + self.rtol * size
+
+    def begin(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """q at (x, t), and a first step: that of a local error of 1 % of the tolerance were all derivatives of the size of the first."""
+        sde, own, clock, t = oracle.sde, self.solver.variable.clock, self.clock, t.expand(len(x))
+        q = self._q(oracle, x, t)
+        span = (clock.at(sde, s) - clock.at(sde, t)).abs()
+        lam = sde.logsnr(t) / 2
+        rate = torch.ones_like(t) if clock == own else own.rate(lam) / clock.rate(lam)
+        speed = (column(rate * span, x) * self._scale(sde, x, t) * q / self._tolerance(oracle, x.abs(), t)).detach()
+        size = oracle.denoiser.error_norm(speed).to("cpu", torch.float64)
+        return q, span * (0.01 / size.clamp(min=1e-6)).pow(1 / self.error_order).clamp(max=1.0).nan_to_num(1.0)
+
+    def attempt(
+        self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, first: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One step of the tableau from times t to times s, and its error over the tolerance."""
+        sde, variable, tableau, clock = oracle.sde, self.solver.variable, self.solver.tableau, self.clock
+        w, h = clock.at(sde, t), clock.at(sde, s) - clock.at(sde, t)
+        low, high = torch.minimum(t, s), torch.maximum(t, s)
+        fractions = (*tableau.fractions, 1.0)
+        inner = [t if f == 0 else s if f == 1 else clock.time(sde, w + f * h).clamp(low, high) for f in fractions]
+        nodes = [clock.at(sde, at).numpy() for at in inner] if tableau.through else []
+        du = variable.clock.at(sde, s) - variable.clock.at(sde, t)
+
+        def weights(row: tuple[float, ...], at: Tensor) -> list[tuple[int, Tensor]]:
+            if tableau.shares:
+                return [(j, share * du) for j, share in enumerate(row) if share]
+            c = exact(segment(variable, self.solver.coordinate, sde, t, at), [nodes[int(j)] for j in row])
+            return [(int(j), torch.from_numpy(cj)) for j, cj in zip(row, c, strict=True)]
+
+        def add(parts: list[tuple[int, Tensor]]) -> Tensor:
+            out = torch.zeros_like(x)
+            for j, c in parts:
+                out = torch.addcmul(out, column(c, x), q[j])
+            return out
+
+        y, end = x / self._scale(sde, x, t), x
+        q = [self._q(oracle, x, t) if first is None else first]
+        high_row: list[tuple[int, Tensor]] = []
+        for i, at in enumerate(inner[1:], 1):
+            high_row = weights((tableau.through or tableau.shares)[i - 1], at)
+            end = self._scale(sde, x, at) * (y + add(high_row))
+            if i < len(tableau.fractions):
+                q.append(self._q(oracle, end, at))
+        last = self._q(oracle, end, s) if len(tableau.lower) > len(tableau.fractions) else None
+        q += [] if last is None else [last]
+        gap = dict(high_row)
+        for j, c in weights(tableau.lower, s):
+            gap[j] = gap[j] - c if j in gap else -c
+        m = self._scale(sde, x, s)
+        size = torch.maximum(m * y.abs(), end.abs()).detach()
+        return end, m * add(list(gap.items())) / self._tolerance(oracle, size, s), last
+
+
+def column(c: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`[B]` as a factor of x, in its dtype (or this one) and on its device."""
+    return c.to(x.device, dtype or x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+PID = tuple[float, float, float]
+_PI = (0.4, 0.3, 0.0)
+
+
+def Dopri5(
+    rtol: float = 1e-5, atol: float = 1e-5, variable: Variable = velocity, *, pid: PID = _PI, max_nfe: int = 10_000
+) -> Adaptive:
+    """Dormand-Prince 5(4) on dy/du = q, in each sample's own steps: six evaluations a try, the last of them the next step's first.
+
+    variable: eps, x0, velocity, v, V(sigma_data) or time (dx/dt itself) of `scoresde.variables`; the rest as in `Controlled`.
+    Dormand & Prince 1980 (J. Comput. Appl. Math. 6).
+    """
+    return _named("Dopri5", DOPRI5, rtol, atol, variable, pid, max_nfe)
+
+
+def Dopri8(
+    rtol: float = 1e-5, atol: float = 1e-5, variable: Variable = velocity, *, pid: PID = _PI, max_nfe: int = 10_000
+) -> Adaptive:
+    """Dormand-Prince 8(7) on dy/du = q, in each sample's own steps, thirteen evaluations a try: for small tolerances. As `Dopri5`.
+
+    Prince & Dormand 1981 (J. Comput. Appl. Math. 7), RK8(7)13M.
+    """
+    return _named("Dopri8", DOPRI8, rtol, atol, variable, pid, max_nfe)
+
+
+def _named(name: str, tableau: Tableau, rtol: float, atol: float, variable: Variable, pid: PID, max_nfe: int) -> Adaptive:
+    inside = "" if variable == velocity else f"variable={variable}"
+    fixed = SingleStep(check_variable(variable), variable.clock, tableau, name=f"{name}({inside}).solver")
+    return Adaptive(fixed, rtol=rtol, atol=atol, pid=pid, max_nfe=max_nfe, name=f"{name}({inside})")
+
+
+def DPMAdaptive(order: int = 3, rtol: float = 0.05, atol: float = 0.0078, *, pid: PID = _PI, max_nfe: int = 10_000) -> Adaptive:
+    """DPM-Solver-12 (order 2) or -23 (order 3) in lam, in each sample's own steps, `order` evaluations a try.
+
+    The two ends are those of DPM-Solver of this order and of the one below on the same evaluations; tolerances, of the authors, are for
+    images in [-1, 1]. The rest as in `Controlled`. Lu et al. 2022 (NeurIPS), appendix C.
+    """
+    solver = SingleStep(eps, lam, OF_ORDER[check_order(order, 2, 3)], name=f"DPMSolver(order={order})")
+    return Adaptive(solver, rtol=rtol, atol=atol, pid=pid, max_nfe=max_nfe, name=f"DPMAdaptive(order={order})")
+
+
+@dataclass(frozen=True)
+class AdaptiveSDE(Controlled, StochasticSolver):
+    """The reverse SDE in each sample's own steps: `ImprovedEuler`, its distance to the Euler-Maruyama step inside it the error.
+
+    error / max(atol (alpha + sigma), rtol max(|x1|, |x|)) in root mean square; a step that fails is made again, shorter, on the SAME
+    Brownian path: new noise would make the noise small where steps are accepted, and the law too wide. Steps end on dyadic parts of
+    [t_min, t_max], where the path costs least. Jolicoeur-Martineau et al. 2021 (Gotta Go Fast), algorithm 1 but for the noise and the
+    alpha + sigma; the path: Gaines & Lyons 1997 (SIAM J. Appl. Math. 57).
+    """
+
+    rtol: float = field(default=0.02, kw_only=True)
+    atol: float = field(default=0.0078, kw_only=True)
+    pid: PID = field(default=(0.0, 0.9, 0.0), kw_only=True)
+    safety = 0.9
+    growth = 1.5  # in few dimensions an error may be small by luck: the next step is not ten times longer for it
+    invariant = False
+    brownian = True
+    clock = time_clock
+    cost = 2
+    error_order = 1
+    weak_order = 2.0
+    strong_order = 1.0
+
+    @property
+    def fixed(self) -> ImprovedEuler:
+        """The same method on a grid."""
+        return ImprovedEuler()
+
+    def land(self, sde: LinearSDE, t: Tensor, s: Tensor) -> Tensor:
+        """The next multiple of 2^-d of the way from t_min to t_max, with 2^-d at most a quarter of the step: never a longer one."""
+        span = sde.t_max - sde.t_min
+        grain = torch.exp2(torch.floor(torch.log2((t - s).abs() / (4 * span)).clamp(min=-40)))
+        return sde.t_min + span * grain * torch.ceil((s - sde.t_min) / (span * grain) - 1e-6)
+
+    def attempt(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        """One step from times t to times s, and its error over the tolerance."""
+        x1, end = improved_euler(oracle, x, column(t, x, torch.float64), column(s, x, torch.float64))
+        least = self.atol * oracle.denoiser.error_scale(column(s, x, torch.float64)).to(x.dtype)
+        return end, (end - x1) / torch.maximum(self.rtol * torch.maximum(x1.abs(), x.abs()), least), None

@@ -26,7 +26,7 @@ from .base import Solver, StochasticSolver
 from .exponential import Multistep, SingleStep
 from .families import DPMSolver, DPMSolverPP, Heun, check_order, suffix
 from .tableau import MIDPOINT, THIRDS, TRAPEZOID, Tableau
-from .weights import Frame, Segment, Weights, bh1, bh2, segments, taylor
+from .weights import Frame, Segment, Weights, bh1, bh2, segment, taylor
 
 __all__ = ["ERSDE", "SEEDS", "Band", "NoisyMultistep", "NoisySingleStep", "SASolver", "SDEDPMSolverPP", "StochasticHeun"]
 
@@ -148,7 +148,7 @@ class DataFrame(Frame):
 
     def segments(self, coordinate: Clock | None, at: Tensor) -> list[Segment]:
         """From t to times `at` in u = 1 / phi."""
-        return segments(self.variable, coordinate, self.sde, self.t, at, self.rate)
+        return segment(self.variable, coordinate, self.sde, self.t, at, self.rate).each()
 
     def spread(self, a: Tensor, b: Tensor) -> list[float]:
         """rho_s e^(T_b - T_s) sqrt(1 - e^(-2 (T_b - T_a))), T = int tau^2 dlam from t."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from ..linear import LinearSDE
 from ..variables import Clock, Variable
 from ..variables import t as time_clock
 
-__all__ = ["Frame", "Segment", "bh1", "bh2", "exact", "segments", "taylor"]
+__all__ = ["Frame", "Segment", "bh1", "bh2", "exact", "segment", "taylor"]
 
 Array = NDArray[np.float64]
 
@@ -24,24 +25,31 @@ _POINTS, _MASS = (a / 2 for a in np.polynomial.legendre.leggauss(64))  # on [-1/
 class Segment:
     """A step of the coordinate from `start` to `end`, quadrature `points` in it with masses `du`, which add to the step of u.
 
-    slope is du/dw at the end (nan in t, which has no rate that is the same for every SDE).
+    slope is du/dw at the end (nan in t, which has no rate that is the same for every SDE). Or n steps at once, `[n]` and `[n, points]`.
     """
 
-    start: float
-    end: float
+    start: Any
+    end: Any
     points: Array
     du: Array
-    slope: float
+    slope: Any
+
+    def each(self) -> list[Segment]:
+        """The steps one by one, of n at once."""
+        return [
+            Segment(*row)
+            for row in zip(self.start.tolist(), self.end.tolist(), self.points, self.du, self.slope.tolist(), strict=True)
+        ]
 
 
-def segments(
+def segment(
     variable: Variable,
     coordinate: Clock | None,
     sde: LinearSDE,
     t: torch.Tensor,
     s: torch.Tensor,
     rate: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> list[Segment]:
+) -> Segment:
     """The steps from times t to times s, `[n]` each; coordinate None counts steps, u taken to be linear in each.
 
     rate: du/dlam at lam `[n, points]`, of a u that is not the variable's clock. In the variable's own clock the integrand is a
@@ -50,8 +58,8 @@ def segments(
     """
     n = len(t)
     if coordinate is None:
-        u = (variable.clock.at(sde, s) - variable.clock.at(sde, t)).numpy()
-        return [Segment(k, k + 1, k + _POINTS + 0.5, _MASS * u[k], u[k]) for k in range(n)]
+        u, k = (variable.clock.at(sde, s) - variable.clock.at(sde, t)).numpy(), np.arange(n, dtype=np.float64)
+        return Segment(k, k + 1, k[:, None] + (_POINTS + 0.5), _MASS * u[:, None], u)
     start, end = coordinate.at(sde, t).numpy(), coordinate.at(sde, s).numpy()
     if rate is None and coordinate == variable.clock:
         h = (end - start)[:, None]
@@ -64,7 +72,7 @@ def segments(
         du = rate(inner).numpy() * _MASS * (b - a)[:, None]
         last = torch.from_numpy(b)[:, None]
         slope = np.full(n, np.nan) if coordinate == time_clock else (rate(last) / coordinate.rate(last))[:, 0].numpy()
-    return [Segment(*row) for row in zip(start.tolist(), end.tolist(), points, du, slope.tolist(), strict=True)]
+    return Segment(start, end, points, du, slope)
 
 
 class Frame:
@@ -79,24 +87,24 @@ class Frame:
 
     def segments(self, coordinate: Clock | None, at: torch.Tensor) -> list[Segment]:
         """From t to times `at` in this u."""
-        return segments(self.variable, coordinate, self.sde, self.t, at)
+        return segment(self.variable, coordinate, self.sde, self.t, at).each()
 
     def spread(self, a: torch.Tensor, b: torch.Tensor) -> list[float]:
         """Deviation of what noise adds to y from a to b, one a step: none here."""
         return [0.0] * len(a)
 
 
-Weights = Callable[[Segment, Sequence[float]], Array]
+Weights = Callable[[Segment, Sequence[Any]], Array]
 
 
-def exact(segment: Segment, nodes: Sequence[float]) -> Array:
-    """c_j = int L_j(w) du: the polynomial through the nodes, integrated exactly."""
+def exact(segment: Segment, nodes: Sequence[Any]) -> Array:
+    """c_j = int L_j(w) du: the polynomial through the nodes, integrated exactly. `[k]`, or `[k, n]` of n steps with nodes `[n]` each."""
     w = np.array(nodes)
-    distance = segment.points - w[:, None]
-    c = np.empty(len(w))
+    distance = segment.points - w[..., None]
+    c = np.empty(w.shape)
     for j in range(len(w)):
         others = np.delete(np.arange(len(w)), j)
-        c[j] = segment.du @ distance[others].prod(axis=0) / np.prod(w[j] - w[others])
+        c[j] = np.einsum("...p,...p->...", segment.du, distance[others].prod(axis=0)) / np.prod(w[j] - w[others], axis=0)
     return c
 
 

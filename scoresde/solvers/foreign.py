@@ -1,0 +1,396 @@
+"""Other libraries' solvers as solvers here: torchdiffeq and scipy on the probability flow, torchsde on the reverse SDE.
+
+Each step hands one interval t -> s over. The state is theirs in float64 (torchdiffeq casts times to its dtype, scipy knows no other),
+the denoiser sees x's own dtype, and no time outside the interval.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import scipy.integrate
+import torch
+from torch import Tensor
+from torchdiffeq import odeint, odeint_adjoint
+from torchsde import BaseBrownian, sdeint
+
+from ..checks import Status, UnfinishedError, check_count, check_number, shape_of
+from ..denoiser import flow, reverse_drift
+from ..grid import interval, logsnr
+from ..linear import LinearSDE, cast
+from ..oracle import Oracle
+from ..variables import Variable, check_variable, time
+from .base import Solver, StochasticSolver
+from .stochastic import check_stable
+
+__all__ = ["ScipyIVP", "TorchDiffEq", "TorchSDE"]
+
+_ADAPTIVE = {"dopri8": 8, "dopri5": 5, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}  # orders
+_FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # orders, and evaluations a step
+_SCIPY = {"RK45": 5, "RK23": 3, "DOP853": 8, "Radau": 5, "BDF": 5, "LSODA": 12}  # orders; of the last two the highest they rise to
+_SDE = {  # (sde_type, noise_type, evaluations a step, weak order, strong order)
+    "euler": ("ito", "diagonal", 1, 1.0, 1.0),
+    "milstein": ("ito", "diagonal", 1, 1.0, 1.0),
+    "srk": ("ito", "additive", 2, 2.0, 1.5),
+    "heun": ("stratonovich", "diagonal", 2, 2.0, 1.0),
+    "midpoint": ("stratonovich", "diagonal", 2, 2.0, 1.0),
+    "reversible_heun": ("stratonovich", "diagonal", 1, 2.0, 1.0),
+}
+
+
+def _check_method(method: Any, known: dict[str, Any]) -> None:
+    if method not in known:
+        raise ValueError(f"method is {method!r}; wanted one of {sorted(known)}")
+
+
+class _Stopped(Exception):
+    """The solve cannot go on: the status of its samples and why."""
+
+    def __init__(self, status: Status, problem: str) -> None:
+        super().__init__(problem)
+        self.status = status
+
+
+class _Field:
+    """dy/du = q of a variable, as a library calls it: (u, y `[B, *shape]` float64). Counted, bounded, finite, at times in [t, s]."""
+
+    library = "scipy"
+
+    def __init__(self, oracle: Oracle, variable: Variable, x: Tensor, t: Tensor, s: Tensor, used: int, bound: float) -> None:
+        self.oracle, self.variable, self.dtype = oracle, variable, x.dtype
+        self.ends, self.at = (float(t), float(s)), float(t)
+        self.calls = self.settled = used  # evaluations, and those when the last step was taken or refused
+        self.bound, self.again, self.over = bound, 0, False  # the bound; the calls of a backward pass, when the solve is over
+        self.lost = self.of_rows(~x.isfinite())  # samples that met NaN stand still from there, and end as NaN
+
+    def __call__(self, u: Tensor, y: Tensor) -> Tensor:
+        oracle, (a, b) = self.oracle, self.ends
+        t = self.variable.clock.time(oracle.sde, u.detach().to("cpu", torch.float64)).clamp(min(a, b), max(a, b))
+        if bool(t.isnan()):
+            raise _Stopped(Status.MIN_STEP, self.underflow())
+        self.at = float(t)
+        if (self.again if self.over else self.calls) >= self.bound:
+            problem = (
+                f"the {'way back of the adjoint' if self.over else 'solve'} from t = {a:.6g} to {b:.6g} has used max_nfe = {self.bound} "
+                f"evaluations and is at t = {self.at:.6g}; loosen rtol and atol, or allow more with max_nfe="
+            )
+            raise UnfinishedError(problem) if self.over else _Stopped(Status.MAX_NFE, problem)
+        if self.over:  # no part of the solve, nor of its ledger
+            self.again += 1
+            before = dict(oracle._counts)
+            dy = self.rate(oracle.denoiser, t, y)
+            oracle._counts.update(before)
+            return dy.masked_fill(self.lost, 0.0)
+        self.calls += 1
+        dy = self.rate(oracle, t, y)
+        bad = self.of_rows(~dy.isfinite()) & ~self.lost
+        if bool(bad.any()):
+            oracle.lose(
+                bad.flatten().nonzero().flatten().cpu(),
+                Status.DONE,
+                f"have a derivative that is not finite at t = {self.at:.6g}, evaluation {self.calls}: the denoiser returned NaN or "
+                "infinity there; check the network at that time, or use throw=False and read .status",
+            )
+            self.lost = self.lost | bad
+        return dy.masked_fill(self.lost, 0.0)
+
+    def rate(self, oracle: Any, t: Tensor, y: Tensor) -> Tensor:
+        """q at y = x / m; `oracle`, or a denoiser alone."""
+        if self.variable == time:
+            return flow(oracle, y.to(self.dtype), t).double()
+        x = self.scale(t) * y
+        p, r = self.variable.read(oracle.sde, t)
+        return p * x + r * oracle.predict(x.to(self.dtype), t).x0.double()
+
+    def scale(self, t: Tensor) -> Tensor:
+        """m at t."""
+        return self.variable.scale(self.oracle.sde.alpha(t), self.oracle.sde.sigma(t))
+
+    def underflow(self) -> str:
+        """What is wrong when time no longer moves."""
+        return (
+            f"{self.library} gave up between t = {self.ends[0]:.6g} and {self.ends[1]:.6g} after {self.calls} evaluations (underflow at "
+            f"t = {self.at:.6g}): its step size is too small to move time there, or is not finite; loosen rtol and atol, solve in "
+            "float64, or check that the denoiser is smooth"
+        )
+
+    def finish(self, x: Tensor, y: Tensor, stopped: _Stopped | None) -> Tensor:
+        """x_s of y_s, NaN for the samples lost: all of them, where the solve was stopped."""
+        if stopped is not None:
+            rows = (~self.lost).flatten().nonzero().flatten().cpu()
+            self.oracle.lose(rows, stopped.status, f"are unfinished: {stopped}")
+            return torch.full_like(x, math.nan)
+        return (self.scale(torch.tensor(self.ends[1], dtype=torch.float64)) * y).to(x.dtype).masked_fill(self.lost, math.nan)
+
+    @staticmethod
+    def of_rows(where: Tensor) -> Tensor:
+        """Whether any entry of a row is marked, `[B, 1, ..., 1]`."""
+        return where.flatten(1).any(1).reshape(-1, *[1] * (where.ndim - 1))
+
+
+class _Watched(_Field):
+    """What torchdiffeq's adaptive methods tell and ask besides."""
+
+    library = "torchdiffeq"
+
+    def norm(self, ratio: Tensor) -> Tensor:
+        """Largest over the samples not lost: the tolerance holds for each, whoever its mates are. Of steps, so that none has a gradient."""
+        size = self.oracle.denoiser.error_norm(ratio.detach().masked_fill(self.lost, 0.0))
+        return size.nan_to_num(nan=math.inf, posinf=math.inf).max()  # an overflow asks for a smaller step
+
+    def callback_step(self, u: Tensor, y: Any, du: Tensor) -> None:
+        """Whether time moves and y is finite: torchdiffeq asserts it, which is nothing under `python -O`."""
+        if not self.over and bool(self.lost.any()):
+            y.data.masked_fill_(self.lost, 0.0)  # what overflowed there would stop the others
+        if not bool((u + du > u) & (du - u > -u)) or not (self.over or bool(y.isfinite().all())):  # it may hold -u
+            raise _Stopped(Status.MIN_STEP, self.underflow())
+
+    def callback_step_adjoint(self, u: Tensor, y: Any, du: Tensor) -> None:
+        try:
+            self.callback_step(u, y, du)
+        except _Stopped as reason:
+            raise UnfinishedError(f"in the backward pass {reason}") from None
+
+    def callback_accept_step(self, *_: Tensor) -> None:
+        self.settled = self.calls
+
+    def callback_reject_step(self, *_: Tensor) -> None:
+        self.oracle.record("rejected", self.calls - self.settled)
+        self.settled = self.calls
+
+
+@dataclass(frozen=True)
+class _Handed(Solver):
+    """A method of a library and its tolerances."""
+
+    method: str
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    max_nfe: int = 10_000
+    known: ClassVar[dict[str, int]]  # orders
+    least: ClassVar[float] = 0.0  # rtol
+
+    def __post_init__(self) -> None:
+        _check_method(self.method, self.known)
+        check_number(self.rtol, "rtol", self.least, 1.0)
+        check_number(self.atol, "atol", 0.0, open_low=True)
+        check_count(self.max_nfe, "max_nfe")
+
+    @property
+    def order(self) -> int:
+        """Order of the method's solution, the highest where it varies; the error of an adaptive one is set by the tolerances."""
+        return self.known[self.method]
+
+    def evaluations(self, steps: int) -> int:
+        """The method's stages a step; of an adaptive one unknown before the solve: TypeError."""
+        if self.adaptive:
+            raise TypeError("an adaptive solver chooses its steps: read .nfe of the solution; max_nfe= bounds it")
+        return _FIXED[self.method] * steps
+
+    def field(self, kind: Any, oracle: Oracle, variable: Variable, x: Tensor, t: Tensor, s: Tensor, state: Any) -> Any:
+        """The derivative to hand over; state: the evaluations so far."""
+        if t.ndim:
+            raise ValueError(f"t is {shape_of(t)}; {self!r} steps with one time () for the batch")
+        return kind(oracle, variable, x, t, s, state or 0, self.max_nfe if self.adaptive else math.inf)
+
+
+@dataclass(frozen=True)
+class TorchDiffEq(_Handed):
+    """A method of torchdiffeq on dy/du = q, y = x / m (`variable`; time: dx/dt): adaptive dopri5, dopri8, bosh3, fehlberg2, adaptive_heun;
+
+    or fixed-step euler, midpoint, heun2, heun3, rk4 (the 3/8 rule), one step an interval of the grid.
+
+    rtol, atol bound the local error of y of each sample (root mean square over its entries; a likelihood's l-channels apart). An adaptive
+    step is one for the whole batch (the worst sample's), so a sample's last digits depend on its batch mates; `microbatch=1` makes them
+    independent. max_nfe bounds the evaluations of a solve of the batch, and the smallest step is that which moves float64 time:
+    UnfinishedError, or a negative status; a fixed-step method needs neither. NonFiniteError names the samples and t. The state is float64
+    inside. adjoint: gradients of x and of the parameters that the denoiser's modules hold by a second solve, back in time, in constant
+    memory (first derivatives; exact as the tolerances are; it may use max_nfe evaluations an interval, which are not counted).
+    Chen et al. 2018 (NeurIPS); Dormand & Prince 1980 for dopri5.
+    """
+
+    method: str = "dopri5"
+    variable: Variable = time
+    adjoint: bool = False
+    known = {**_ADAPTIVE, **_FIXED}
+    adaptive: ClassVar[Any] = property(lambda self: self.method in _ADAPTIVE)
+    independent: ClassVar[Any] = property(lambda self: not self.adaptive)
+    invariant: ClassVar[Any] = property(lambda self: self.variable != time)
+    grid: ClassVar[Any] = property(lambda self: interval if self.adaptive else logsnr)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_variable(self.variable)
+        if not isinstance(self.adjoint, bool):
+            raise TypeError(f"adjoint is {self.adjoint!r}; wanted True or False")
+
+    def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x_s from x_t and the evaluations so far: any number, or one step's."""
+        field = self.field(_Watched if self.adaptive else _Field, oracle, self.variable, x, t, s, state)
+        if bool(field.lost.all()) and (self.adaptive or not len(x)):
+            return x, state
+        u = self.variable.clock.at(oracle.sde, torch.stack([t, s])).to(x.device)
+        y = x.double().masked_fill(field.lost, 0.0) / field.scale(t)
+        solve: Any = odeint_adjoint if self.adjoint else odeint
+        kwargs: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
+        if self.adaptive:
+            kwargs["options"] = {"step_t": u[1:], "norm": field.norm}  # step_t: it would step past s and interpolate back
+        if self.adjoint:
+            kwargs["adjoint_params"] = tuple(p for p in oracle.denoiser.parameters() if p.requires_grad)
+            # on the way back the end is t, in the time in which it went forward: -u where u falls
+            kwargs["adjoint_options"] = {"step_t": u[:1] * (u[1] - u[0]).sign()} if self.adaptive else {}
+        stopped = None
+        try:
+            y = solve(field, y, u, **kwargs)[-1]
+        except _Stopped as reason:
+            stopped = reason
+        field.over = True
+        if y.requires_grad:
+            y.register_hook(lambda _: setattr(field, "again", 0))  # a way back begins
+        return field.finish(x, y, stopped), field.calls
+
+
+@dataclass(frozen=True)
+class ScipyIVP(_Handed):
+    """scipy.integrate's RK45, RK23, DOP853, Radau, BDF or LSODA on dx/dt, the batch as one float64 vector: score_sde's black box.
+
+    rtol, atol bound the local error's root mean square over the whole batch, as scipy's norm has it, so that a hard sample hides among
+    easy ones: `TorchDiffEq` holds a tolerance for each. Every call is counted; Radau, BDF and LSODA find the Jacobian of all B x D numbers
+    by finite differences, one evaluation a number, which is for small problems. max_nfe bounds a solve: UnfinishedError, or a negative
+    status, as where the step underflows. NaN never reaches scipy, whose RK45 would not return. No gradient: TypeError.
+    Virtanen et al. 2020 (Nat. Methods 17); the use, Song et al. 2021 (ICLR), app. D.2.
+    """
+
+    method: str = "RK45"
+    known = _SCIPY
+    least = 100 * torch.finfo(torch.float64).eps  # scipy raises a smaller rtol to this
+    grid = staticmethod(interval)
+    adaptive = True
+    independent = False
+    invariant = False
+
+    def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x_s from x_t and the evaluations so far, any number."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise TypeError(f"x requires a gradient and {self!r} has none; use TorchDiffEq(), or solve under torch.no_grad()")
+        field = self.field(_Field, oracle, time, x, t, s, state)
+        if bool(field.lost.all()):
+            return x, state
+
+        def fun(u: float, y: np.ndarray) -> np.ndarray:
+            at = torch.tensor(float(u), dtype=torch.float64)
+            with torch.no_grad():  # a copy of y, which is scipy's to write into
+                return field(at, torch.tensor(y).reshape(x.shape).to(x.device)).flatten().cpu().numpy()
+
+        y, stopped = x.detach().double().masked_fill(field.lost, 0.0), None
+        try:
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.filterwarnings("ignore", module=r"scipy\.")  # it says in words what becomes an error here
+                solver = getattr(scipy.integrate, self.method)(
+                    fun, field.ends[0], y.flatten().cpu().numpy(), field.ends[1], rtol=self.rtol, atol=self.atol
+                )
+                while solver.status == "running":
+                    solver.step()
+            if solver.status == "failed":
+                raise _Stopped(Status.MIN_STEP, field.underflow())
+            y = torch.tensor(solver.y).reshape(x.shape).to(x.device)
+        except _Stopped as reason:
+            stopped = reason
+        return field.finish(x, y, stopped), field.calls
+
+
+class _Path(BaseBrownian):
+    """The oracle's noise in torchsde's time -t: W_s - W_t and U = int (W_u - W_t) |du|, of the interval asked for, once."""
+
+    shape: Any = None
+    dtype: Any = None
+    device: Any = None
+    levy_area_approximation: Any = "space-time"
+
+    def __init__(self, oracle: Oracle, x: Tensor) -> None:
+        self.oracle, self.x = oracle, x
+        self.shape, self.dtype, self.device = (len(x), x.shape[1:].numel()), x.dtype, x.device
+
+    def __call__(self, ta: Tensor, tb: Tensor | None = None, return_U: bool = False, return_A: bool = False) -> Any:
+        if tb is None or return_A:
+            raise TypeError("the path gives W and U over an interval; it has no Levy area A, which additive noise does not need")
+        w, u = (part.flatten(1) for part in self.oracle.noise.pair(self.x, -ta, -tb))
+        return (w, u) if return_U else w
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self.shape}"
+
+
+class _Reverse:
+    """The reverse SDE as torchsde wants it, on y `[B, D]` in time -t. What was evaluated once is remembered: torchsde asks again."""
+
+    def __init__(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, kind: tuple[Any, ...]) -> None:
+        self.oracle, self.shape, self.ends = oracle, x.shape, (float(s), float(t))
+        self.sde_type, self.noise_type = kind[:2]
+        self.known: list[tuple[Tensor, Tensor, Tensor]] = []
+        if self.noise_type == "diagonal":
+            self.g = lambda time, y: self.g_prod(time, y, torch.ones_like(y))  # an additive g would be [B, D, D]
+
+    def f(self, time: Tensor, y: Tensor) -> Tensor:
+        """The drift."""
+        for at, state, drift in self.known:
+            if state is y and at == time:
+                return drift
+        drift = -reverse_drift(self.oracle, y.reshape(self.shape), (-time).clamp(*self.ends)).flatten(1)
+        self.known.append((time, y, drift))
+        return drift
+
+    def g_prod(self, time: Tensor, _y: Tensor, v: Tensor) -> Tensor:
+        """The diffusion times v."""
+        return cast(self.oracle.sde.diffusion((-time).clamp(*self.ends)), v) * v
+
+
+@dataclass(frozen=True)
+class TorchSDE(StochasticSolver):
+    """A method of torchsde on the reverse SDE dx = (f x - g^2 score) dt + g dw: euler, milstein, srk, heun, midpoint or reversible_heun.
+
+    One step of it an interval of the grid, on the noise of this library: the same path as `EulerMaruyama` or `SRA3` with the same seeds.
+    g depends on t alone, so that Ito and Stratonovich are one: milstein is euler (weak order 1, strong order 1), srk is Rossler's SRA1
+    (2, 1.5), heun, midpoint and reversible_heun have (2, 1). Evaluations a step: 1, 1, 2, 2, 2, 1 (and one to start). reversible_heun
+    retraces a *forward* path; the generative SDE is another equation with noise of its own, which this solver integrates: it does not
+    turn a path back. Its second copy of the state is an undamped mode: of these it wants the shortest steps. No adaptive=True, whose one
+    error is the whole batch's: `AdaptiveSDE` chooses steps a sample. Li et al. 2020 (AISTATS); Kidger et al. 2021 (NeurIPS) for
+    reversible_heun; Rossler 2010 (SIAM J. Numer. Anal. 48) for srk.
+    """
+
+    method: str = "euler"
+    grid = staticmethod(logsnr)
+    invariant = False
+    brownian = True
+    weak_order: ClassVar[Any] = property(lambda self: _SDE[self.method][3])
+    strong_order: ClassVar[Any] = property(lambda self: _SDE[self.method][4])
+    past: ClassVar[Any] = property(lambda self: int(self.method == "reversible_heun"))  # its first evaluation of a step
+
+    def __post_init__(self) -> None:
+        _check_method(self.method, _SDE)
+
+    def evaluations(self, steps: int) -> int:
+        """The method's stages a step; reversible_heun's first needs one more."""
+        return _SDE[self.method][2] * steps + self.past
+
+    def start(self, sde: LinearSDE, times: Tensor) -> None:
+        """Nothing; ValueError where a step is too long for the drift: |f| h > 2."""
+        check_stable(self, sde, times)
+
+    def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x_s from x_t and what reversible_heun keeps: (x_s, its f, g and second copy of the state)."""
+        y, span, extra = x.flatten(1), torch.stack([-t, -s]), None
+        reverse = _Reverse(oracle, x, t, s, _SDE[self.method])
+        if self.past and state is not None:
+            last, (drift, spread, z) = state
+            extra = (drift, spread, z if last is x else z + (y - last.flatten(1)))  # someone moved x: both copies go
+            reverse.known.append((span[0], y, drift))  # only torchsde's check of shapes asks for it
+        ys, extra = sdeint(
+            reverse, y, span, bm=_Path(oracle, x), method=self.method, dt=2 * (t - s), extra=True, extra_solver_state=extra
+        )  # dt: anything above t - s is one step to s itself
+        x = ys[-1].reshape(x.shape)
+        return x, ((x, extra) if self.past else None)
