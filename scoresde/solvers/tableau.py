@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CLASSIC", "MIDPOINT", "THIRDS", "TRAPEZOID", "Tableau"]
+__all__ = ["CLASSIC", "MIDPOINT", "OF_ORDER", "THIRDS", "TRAPEZOID", "Tableau"]
 
 
 @dataclass(frozen=True)
@@ -48,3 +48,4 @@ MIDPOINT = Tableau(2, (0.0, 1 / 2), ((0,), (1,)))
 TRAPEZOID = Tableau(2, (0.0, 1.0), ((0,), (0, 1)))
 THIRDS = Tableau(3, (0.0, 1 / 3, 2 / 3), ((0,), (0, 1), (0, 2)))
 CLASSIC = Tableau(4, (0.0, 1 / 2, 1 / 2, 1.0), shares=((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)))
+OF_ORDER = {1: Tableau(1, (0.0,), ((0,),)), 2: MIDPOINT, 3: THIRDS, 4: CLASSIC}  # where an order is all that is given
