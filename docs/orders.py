@@ -1,12 +1,12 @@
 """Write the tables of measured orders and errors in docs/solvers.md: `python docs/orders.py`. Measured with the code of tests/laws.py."""
 
-import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 import laws  # noqa: E402
+import markers  # noqa: E402
 import torch  # noqa: E402
 
 BUDGETS = (10, 20, 40, 80, 160)
@@ -43,7 +43,5 @@ def full() -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    page = HERE / "solvers.md"
     for name, made in (("orders", orders()), ("full range", full())):
-        parts = re.split(rf"(<!-- {name} -->\n|<!-- /{name} -->)", page.read_text())
-        page.write_text("".join([*parts[:2], made, "\n", *parts[3:]]))
+        markers.fill(HERE / "solvers.md", name, made)

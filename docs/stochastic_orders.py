@@ -1,12 +1,12 @@
 """Write the law table of docs/stochastic.md: `python docs/stochastic_orders.py` (20 minutes). Measured with the code of tests/laws.py."""
 
-import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 import laws  # noqa: E402
+import markers  # noqa: E402
 import test_stochastic as tests  # noqa: E402
 import torch  # noqa: E402
 
@@ -41,6 +41,4 @@ def table() -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    page, made = HERE / "stochastic.md", table()
-    parts = re.split(r"(<!-- laws -->\n|<!-- /laws -->)", page.read_text())
-    page.write_text("".join([*parts[:2], made, "\n", *parts[3:]]))
+    markers.fill(HERE / "stochastic.md", "laws", table())

@@ -1,7 +1,6 @@
 """Write the summary of benchmarks/results/strong.json into docs/solvers.md: `python docs/strong.py`."""
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import markers  # noqa: E402
 import problems  # noqa: E402
 import strong  # noqa: E402
 
@@ -43,6 +43,4 @@ def rows() -> list[str]:
 
 
 if __name__ == "__main__":
-    page = ROOT / "docs" / "solvers.md"
-    before, _, after = re.split(r"(?<=<!-- strong -->\n)(.*)(?=<!-- /strong -->)", page.read_text(), flags=re.DOTALL)
-    page.write_text(before + "\n".join(rows()) + "\n" + after)
+    markers.fill(ROOT / "docs" / "solvers.md", "strong", "\n".join(rows()))

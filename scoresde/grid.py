@@ -78,17 +78,22 @@ def logsnr(sde: LinearSDE, n: int) -> Tensor:
     return _snap(sde.time(a + _fractions(n) * (b - a)), sde)
 
 
+def _in_powers(sde: LinearSDE, n: int, a: float | Tensor, b: Tensor, power: float) -> Tensor:
+    """Times uniform in rho^(1 / power), which runs from a to b."""
+    return sde.time(-2 * power * (a + _fractions(n) * (b - a)).log())
+
+
 def karras(sde: LinearSDE, n: int, rho: float = 7.0) -> Tensor:
     """Uniform in (sigma / alpha)^(1 / rho). Karras et al. 2022 (NeurIPS), eq. 5. `functools.partial(karras, rho=3)` for another rho."""
     check_number(rho, "rho", 0.0, open_low=True)
     a, b = (-_ends(sde) / 2 / rho).exp()
-    return _snap(sde.time(-2 * rho * (a + _fractions(n) * (b - a)).log()), sde)
+    return _snap(_in_powers(sde, n, a, b, rho), sde)
 
 
 def between(sde: LinearSDE, n: int, high: float, end: Tensor) -> Tensor:
     """n steps uniform in (sigma / alpha)^(1 / 7) from the time where sigma / alpha = high down to `end`: one pass of Restart."""
     a, b = high ** (1 / 7), sde.rho(end) ** (1 / 7)
-    times = sde.time(-14 * (a + _fractions(n) * (b - a)).log()).clamp(sde.t_min, sde.t_max)
+    times = _in_powers(sde, n, a, b, 7.0).clamp(sde.t_min, sde.t_max)
     times[-1] = end
     return check_times(times, sde)
 

@@ -246,19 +246,19 @@ def strong_slope(
 
     Solvers of the reverse SDE are held to SRA3's, so that all have one limit; those of another noise level to their own.
     """
-    one = level_of(solver) == 1
+    one = is_of_reverse_sde(solver)
     fine = path_end(solvers.SRA3() if one else solver, name, 2048, paths)
     counts = counts if one else tuple(n // 4 for n in counts)  # their own error, not 0 at 2048 steps, bends the slope less
     errors = [float((path_end(solver, name, n, paths) - fine).square().mean().sqrt()) for n in counts]
     return errors, slopes((counts[0], counts[-1]), (errors[0], errors[-1]))[0]
 
 
-def level_of(solver: solvers.Solver) -> float | None:
-    """1 for a solver of the reverse SDE, else None."""
+def is_of_reverse_sde(solver: solvers.Solver) -> bool:
+    """Whether a stochastic solver is of the reverse SDE itself, tau = 1, not of another noise level."""
     level = getattr(solver, "level", None)
     if level is None:
-        return None if getattr(solver, "eta", 1.0) != 1 else 1
-    return 1 if getattr(level, "tau", None) == 1 or getattr(level, "phi", None) is square else None
+        return getattr(solver, "eta", 1.0) == 1
+    return getattr(level, "tau", None) == 1 or getattr(level, "phi", None) is square
 
 
 def gaussian_law(denoiser: Gaussian, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ from scoresde import (
 from scoresde.noise import CORRECTOR, DATA, brownian, gaussian, seeded
 from scoresde.orders import affine_law, on_path, slopes, strong_errors
 from scoresde.sample import solve
-from scoresde.solvers import Band, Solver, exact
+from scoresde.solvers import Band, Multistep, Solver, exact
 from scoresde.solvers.base import Around
 
 SDES = every_sde()
@@ -200,15 +200,15 @@ LAWFUL += [PredictorCorrector(DDIM(), MALA(0.1)), PredictorCorrector(Ancestral()
 LAWFUL += [Restart(Heun(), ((0.06, 0.5, 12, 2),)), Restart(DPMSolverPP(2), ((0.3, 2.0, 20, 1),))]
 
 
-def draw_law(solver, kind, name, n, noise):
-    denoiser, times = Scalars(SDES[name], kind), solver.grid(SDES[name], 1000)
+def draw_law(solver, kind, n, noise):
+    denoiser, times = Scalars(SDES["VP"], kind), solver.grid(SDES["VP"], 1000)
     x = denoiser.sample(n, times[0]).to(torch.float32 if n > 10_000 else D)
     return solve(denoiser, x, solver, times, noise, min(n, 100_000)).x.double(), denoiser, times[-1]
 
 
 @pytest.mark.parametrize("solver", LAWFUL, ids=label)
 def test_the_law_of_samples_at_1000_steps(solver):
-    found, denoiser, t = draw_law(solver, "mixture", "VP", 4000, gaussian(torch.Generator().manual_seed(1)))
+    found, denoiser, t = draw_law(solver, "mixture", 4000, gaussian(torch.Generator().manual_seed(1)))
     check_law(found, denoiser, t, 5e-3, len(LAWFUL))
 
 
@@ -218,7 +218,7 @@ def test_the_law_of_samples_at_1000_steps(solver):
 @pytest.mark.parametrize("solver", LAWFUL, ids=label)
 def test_the_law_of_a_million_scalars_at_1000_steps(solver, kind):
     """The slack is the solver's own error on a Gaussian at these steps, which is known without Monte Carlo."""
-    found, denoiser, t = draw_law(solver, kind, "VP", 1_000_000, gaussian(torch.Generator().manual_seed(2)))
+    found, denoiser, t = draw_law(solver, kind, 1_000_000, gaussian(torch.Generator().manual_seed(2)))
     own = max(map(abs, deviation(solver, SDES["VP"]))) if solver in CONSISTENT else 1e-3
     check_law(found, denoiser, t, own, 2 * len(LAWFUL))
 
@@ -228,7 +228,7 @@ def test_the_law_of_a_million_scalars_at_1000_steps(solver, kind):
 @pytest.mark.parametrize("kind", ["Gaussian", "mixture"])
 def test_a_planted_bias_is_seen_in_a_million_scalars(kind):
     solver = SDEDPMSolverPP(2)
-    found, denoiser, t = draw_law(Loud(solver), kind, "VP", 1_000_000, gaussian(torch.Generator().manual_seed(2)))
+    found, denoiser, t = draw_law(Loud(solver), kind, 1_000_000, gaussian(torch.Generator().manual_seed(2)))
     with pytest.raises(AssertionError):
         check_law(found, denoiser, t, max(map(abs, deviation(solver, SDES["VP"]))), 1)
 
@@ -245,7 +245,7 @@ def strong_cases():
             if solver.strong_order == 0.5 or (solver == SRA1() and name == "VP"):  # below; 1.69 at 512 steps: see the docs
                 continue
             if name == "VE" or not solver.past:  # those with a past: see the docs
-                slow = name != "VE" or laws.level_of(solver) != 1 or repr(solver).startswith(LONG)
+                slow = name != "VE" or not laws.is_of_reverse_sde(solver) or repr(solver).startswith(LONG)
                 made.append(pytest.param(solver, name, id=f"{label(solver)}-{name}", marks=[pytest.mark.slow] if slow else []))
     return made
 
@@ -518,6 +518,22 @@ def test_wrappers_take_any_solver_and_count_it(inner):
             assert found.nfe == solver.evaluations(steps) + 1
             assert found.x.isfinite().all()
         assert scoresde.sample(denoiser, (4, 2), solver, nfe=60, seeds=range(4)).nfe <= 60
+
+
+@pytest.mark.parametrize("predictor", [UniPC(3), SDEDPMSolverPP(2)], ids=label)
+def test_pieces_around_a_corrector_are_prepared_together(predictor, monkeypatch):
+    """The weights of all pieces and passes at once, the bits those of one by one (not in tau: torch.sigmoid's go by place, to an ulp)."""
+    asked, rows = [], Multistep.rows
+    monkeypatch.setattr(Multistep, "rows", lambda self, sde, pieces: asked.append(len(pieces)) or rows(self, sde, pieces))
+    sde, ends = EDM(), []
+    denoiser, times, x = mixture(sde), grid.karras(sde, 12), 80 * torch.ones(4, 2, dtype=D)
+    solver = Restart(PredictorCorrector(predictor, Langevin(0.1)), [(0.06, 0.5, 3, 1), (1.0, 5.0, 2, 1)])
+    for counts in ([5], [1] * 5):  # three stretches of the grid, two passes
+        ends.append(run(denoiser, solver, x, times, seeded(range(4))))
+        assert asked == counts
+        asked.clear()
+        monkeypatch.setattr(PredictorCorrector, "starts", Solver.starts)
+    assert torch.equal(*ends)
 
 
 def test_restart_repairs_a_wrong_law():

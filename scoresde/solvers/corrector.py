@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,6 +129,10 @@ class PredictorCorrector(Around):
     def start(self, sde: Any, times: Tensor) -> Any:
         """The predictor's state."""
         return self.predictor.start(sde, times)
+
+    def starts(self, sde: Any, pieces: Sequence[Tensor]) -> list[Any]:
+        """The predictor's states."""
+        return self.predictor.starts(sde, pieces)
 
     def evaluations(self, steps: int) -> int:
         """The predictor's and the moves'."""

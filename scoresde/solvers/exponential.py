@@ -26,7 +26,7 @@ from ..oracle import Oracle
 from ..variables import Clock, Variable, check_variable
 from ..variables import t as time_clock
 from .base import Solver
-from .tableau import CLASSIC, MIDPOINT, THIRDS, Tableau
+from .tableau import OF_ORDER, Tableau
 from .weights import Array, Frame, Weights, bh1, exact
 
 __all__ = ["Multistep", "SingleStep"]
@@ -312,7 +312,7 @@ class Multistep(Linear):
 
     def _single_steps(self, steps: int) -> tuple[int, Tableau]:
         """How many first steps are single steps, and which: their local order is that of the method, less one."""
-        tableau = {2: MIDPOINT, 3: THIRDS}.get(self._full_order - 1, CLASSIC)
+        tableau = OF_ORDER[max(1, self._full_order - 1)]
         count = max(0, self.corrector - 3 if self.corrector else self.nodes - 2) if self.coordinate is not None else 0
         extra = count * (len(tableau.fractions) - 1)
         wanted = self.startup if self.startup is not None else steps + extra >= 19  # and the final mean: NFE 20

@@ -11,7 +11,7 @@ from ..variables import Clock, Variable, check_variable, eps, lam, t, time, velo
 from .base import Solver
 from .exponential import Multistep, SingleStep
 from .stochastic import NoisyDDIM
-from .tableau import CLASSIC, MIDPOINT, THIRDS, TRAPEZOID
+from .tableau import CLASSIC, OF_ORDER, TRAPEZOID
 from .weights import Weights, bh2
 
 __all__ = [
@@ -86,7 +86,7 @@ def DPMSolver(order: int = 3) -> SingleStep | Multistep:
 def _single(variable: Variable, order: int, name: str) -> SingleStep | Multistep:
     if check_order(order, 1, 3) == 1:
         return Multistep(variable, lam, 1, name=name)
-    return SingleStep(variable, lam, {2: MIDPOINT, 3: THIRDS}[order], name=name)
+    return SingleStep(variable, lam, OF_ORDER[order], name=name)
 
 
 def DPMSolverPP(

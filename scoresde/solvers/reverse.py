@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,10 +25,12 @@ from ..variables import Clock, Variable, eps, lam, rho, x0
 from .base import Solver, StochasticSolver
 from .exponential import Multistep, SingleStep
 from .families import DPMSolver, DPMSolverPP, Heun, check_order, suffix
-from .tableau import MIDPOINT, THIRDS, TRAPEZOID, Tableau
+from .tableau import OF_ORDER, TRAPEZOID
 from .weights import Frame, Segment, Weights, bh1, bh2, segment, taylor
 
-__all__ = ["ERSDE", "SEEDS", "Band", "NoisyMultistep", "NoisySingleStep", "SASolver", "SDEDPMSolverPP", "StochasticHeun"]
+__all__ = [
+    "ERSDE", "SEEDS", "Band", "NoisyMultistep", "NoisySingleStep", "Phi", "SASolver", "SDEDPMSolverPP", "StochasticHeun", "Tau",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Phi(Level):
 class DataFrame(Frame):
     """y = z / phi, dy = x0 d(1 / phi) + noise; phi is 1 at the end of each step, so that nothing overflows that matters."""
 
+    levels: ClassVar[type[Level]] = Level  # those it can take
+
     def __init__(self, variable: Variable, level: Level, sde: LinearSDE, t: Tensor, s: Tensor) -> None:
         super().__init__(variable, sde, t, s)
         self.level, self.a, self.b = level, self._lam(t), self._lam(s)
@@ -163,6 +167,8 @@ class DataFrame(Frame):
 class NoiseFrame(DataFrame):
     """y = z, dy = eps d(k rho) + noise."""
 
+    levels = Tau
+
     def scale(self, at: Tensor) -> list[float]:
         """alpha."""
         return self.sde.alpha(at).expand(at.shape).tolist()
@@ -178,6 +184,9 @@ class NoiseFrame(DataFrame):
         return (tau * torch.exp(-first) * (-torch.expm1(2 * (first - last))).sqrt())[:, 0].tolist()
 
 
+_FRAMES = {x0: DataFrame, eps: NoiseFrame}
+
+
 @dataclass(frozen=True, repr=False, kw_only=True)
 class _Noisy:
     """What makes a linear solver one of the reverse SDE: `level`, and the frame of its variable (x0 or eps)."""
@@ -187,10 +196,9 @@ class _Noisy:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
-        kinds = {x0: Level, eps: Tau}
-        if self.variable not in kinds or self.coordinate is None:  # type: ignore[attr-defined]
+        if self.variable not in _FRAMES or self.coordinate is None:  # type: ignore[attr-defined]
             raise ValueError(f"variable is {self.variable!r}, coordinate {self.coordinate!r}; wanted x0 or eps, and a Clock")  # type: ignore[attr-defined]
-        if not isinstance(self.level, kinds[self.variable]):  # type: ignore[attr-defined]
+        if not isinstance(self.level, _FRAMES[self.variable].levels):  # type: ignore[attr-defined]
             raise TypeError(f"level is {self.level!r}; wanted a scoresde.solvers.Tau (or, with x0, Phi)")
 
     @property
@@ -206,8 +214,7 @@ class _Noisy:
 
     def frame(self, sde: LinearSDE, t: Tensor, s: Tensor) -> Frame:
         """y and u at this noise level."""
-        kind = {x0: DataFrame, eps: NoiseFrame}[self.variable]  # type: ignore[attr-defined]
-        return kind(self.variable, self.level, sde, t, s)  # type: ignore[attr-defined]
+        return _FRAMES[self.variable](self.variable, self.level, sde, t, s)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, repr=False)
@@ -246,7 +253,8 @@ def SDEDPMSolverPP(degree: int = 2, tau: Any = 1.0, singlestep: bool = False, we
     c_j integrates the polynomial in lam through the last `degree` D (1 to 3) against (1 + tau^2) e^(-(1 + tau^2)(lam_s - u)); with
     `bh2` its slope is taken at the middle (2M as published), `exact` integrates it. Degree 1 is `Ancestral()`. singlestep: D at 1/2, or
     1/3 and 2/3, of the step instead, `degree` evaluations. tau: a number or a function of rho; 0 is `DPMSolverPP`. Weak order 1 or 2
-    (more nodes than two do not raise it), strong 1. Lu et al. 2022 (DPM-Solver++), eq. 16-18; k-diffusion's eta is tau^2.
+    (more nodes than two do not raise it), strong 1, or 1/2 where tau is a function, which may jump between two times. Lu et al. 2022
+    (DPM-Solver++), eq. 16-18; k-diffusion's eta is tau^2.
     """
     flow = DPMSolverPP(check_order(degree, 1, 3, "degree"), singlestep, weights, None if singlestep else False)
     level = _level(tau)
@@ -260,16 +268,15 @@ def SDEDPMSolverPP(degree: int = 2, tau: Any = 1.0, singlestep: bool = False, we
 
 
 def _single(variable: Variable, degree: int, level: Level, name: str) -> Solver:
-    if degree == 1:
-        return NoisySingleStep(variable, lam, Tableau(1, (0.0,), ((0,),)), level=level, name=name)
-    return NoisySingleStep(variable, lam, {2: MIDPOINT, 3: THIRDS}[degree], level=level, name=name)
+    return NoisySingleStep(variable, lam, OF_ORDER[degree], level=level, name=name)
 
 
 def SEEDS(degree: int = 3, tau: Any = 1.0) -> Solver:
     """SEEDS: z_s = z + (1 + tau^2) int eps d(rho) + tau sqrt(rho_t^2 - rho_s^2) xi, eps in lam at 0, 1/2 or 0, 1/3, 2/3 of the step.
 
     `degree` evaluations; those inside the step feel the noise drawn up to them, and the end the sum of all. Weak order 1, 2, 2, strong
-    1. tau = 0 is `DPMSolver(degree)`. Gonzalez et al. 2023 (NeurIPS), algorithms 1-3.
+    1, or 1/2 where tau is a function of rho, which may jump between two times. tau = 0 is `DPMSolver(degree)`. Gonzalez et al. 2023
+    (NeurIPS), algorithms 1-3.
     """
     level, name = _level(tau), f"SEEDS(degree={check_order(degree, 1, 3, 'degree')}{suffix(tau=None if tau == 1 else tau)})"
     return DPMSolver(degree) if level is None else _single(eps, degree, level, name)
@@ -278,8 +285,9 @@ def SEEDS(degree: int = 3, tau: Any = 1.0) -> Solver:
 def StochasticHeun(tau: Any = 1.0) -> Solver:
     """Heun with additive noise: z' = z + k (rho_s - rho_t) eps_t + xi', z_s = z + k (rho_s - rho_t) (eps_t + eps') / 2 + xi'.
 
-    k = 1 + tau^2, xi' = tau sqrt(rho_t^2 - rho_s^2) xi the same in both. Two evaluations a step; weak order 2, strong 1. tau = 0 is
-    `Heun()`. Kloeden & Platen 1992, eq. 15.1.4 for additive noise, in z and rho.
+    k = 1 + tau^2, xi' = tau sqrt(rho_t^2 - rho_s^2) xi the same in both. Two evaluations a step; weak order 2, strong 1, or 1/2 where
+    tau is a function of rho, which may jump between two times. tau = 0 is `Heun()`. Kloeden & Platen 1992, eq. 15.1.4 for additive
+    noise, in z and rho.
     """
     level = _level(tau)
     name = f"StochasticHeun({suffix(tau=None if tau == 1 else tau).removeprefix(', ')})"
@@ -296,12 +304,14 @@ def SASolver(
     z_s = e^(-k h) z + int k e^(-k (lam_s - u)) D(u) du + rho_s sqrt(1 - e^(-2 tau^2 h)) xi, k = 1 + tau^2; predictor and corrector share
     xi, and the corrector's evaluation is kept: one a step. corrector: its nodes, the new one counted; 0: none; None: predictor + 1, and
     none for predictor 1, which is `Ancestral()`. tau: a number, or a function of rho held over each step (`Band(0.05, 1.0)`). weights:
-    `bh1` is the published exception for two nodes, `exact` has none. Weak order 2 at most, strong 1. Xue et al. 2023 (NeurIPS), eq. 13-15.
+    `bh1` is the published exception for two nodes, `exact` has none. Weak order 2 at most, strong 1, or 1/2 where tau is a function, which
+    may jump between two times. Xue et al. 2023 (NeurIPS), eq. 13-15.
     """
+    check_order(predictor, 1, 4, "predictor")
     if corrector is None:
-        corrector = predictor + 1 if check_order(predictor, 1, 4, "predictor") > 1 else 0
+        corrector = predictor + 1 if predictor > 1 else 0
     tail = suffix(tau=None if tau == 1 else tau, weights=None if weights is bh1 else weights, lower_final=lower_final or None)
-    name = f"SASolver(predictor={check_order(predictor, 1, 4, 'predictor')}, corrector={corrector}{tail})"
+    name = f"SASolver(predictor={predictor}, corrector={corrector}{tail})"
     level, settings = _level(tau), dict(corrector=corrector, startup=False, lower_final=lower_final, name=name)
     if level is None:
         return Multistep(x0, lam, predictor, weights, **settings)  # type: ignore[arg-type]

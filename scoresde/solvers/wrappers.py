@@ -50,8 +50,28 @@ def _noised(oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, s_noise: float) -> 
     return cast(scale, x) * x + cast(s_noise * std, x) * oracle.noise.draw(x, CORRECTOR)
 
 
+def _top(sde: LinearSDE) -> Tensor:
+    """rho at t_max."""
+    return sde.rho(torch.tensor(sde.t_max, dtype=torch.float64))
+
+
 @dataclass(frozen=True)
-class Churn(Around):
+class _Cutting(Around):
+    """A wrapper whose noise cuts the path of `solver` in pieces."""
+
+    solver: Solver
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "solver", _cut(self.solver))
+
+    @property
+    def inner(self) -> Solver:
+        """The solver."""
+        return self.solver
+
+
+@dataclass(frozen=True)
+class Churn(_Cutting):
     """EDM's stochastic sampler around any solver: before each step with s_min <= rho <= s_max, noise up to rho (1 + gamma).
 
     gamma = min(s_churn / N, sqrt 2 - 1), N the number of times; the noise is the forward SDE's, so that the law stays p_t up to the
@@ -60,14 +80,13 @@ class Churn(Around):
     (`Solver.in_pieces`). Weak order the solver's, 1 with a past; strong order 0. Karras et al. 2022 (NeurIPS), algorithm 2, with Heun().
     """
 
-    solver: Solver
     s_churn: float
     s_min: float = 0.0
     s_max: float = math.inf
     s_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "solver", _cut(self.solver))
+        super().__post_init__()
         check_number(self.s_churn, "s_churn", 0.0)
         check_number(self.s_min, "s_min", 0.0)
         if self.s_max != math.inf and check_number(self.s_max, "s_max") <= self.s_min:
@@ -75,11 +94,6 @@ class Churn(Around):
                 f"s_min is {self.s_min:g} and s_max {self.s_max:g}; wanted s_min < s_max, levels of rho = sigma / alpha"
             )
         check_number(self.s_noise, "s_noise", 0.0)
-
-    @property
-    def inner(self) -> Solver:
-        """The solver."""
-        return self.solver
 
     def in_pieces(self) -> Solver:
         """Refused: gamma depends on the whole grid."""
@@ -94,7 +108,7 @@ class Churn(Around):
         _check_grid(self, times)
         gamma = min(self.s_churn / len(times), math.sqrt(2) - 1)
         level = sde.rho(times[:-1])
-        high = torch.minimum(level * (1 + gamma), sde.rho(torch.tensor(sde.t_max, dtype=torch.float64)))
+        high = torch.minimum(level * (1 + gamma), _top(sde))
         add = (level >= self.s_min) & (level <= self.s_max) & (high > level * (1 + 1e-12))
         up = sde.time(-2 * high.log()).clamp(sde.t_min, sde.t_max)
         ups = [u if yes and u > t else None for u, t, yes in zip(up, times, add.tolist(), strict=False)]
@@ -118,7 +132,7 @@ class Churn(Around):
 
 
 @dataclass(frozen=True)
-class Restart(Around):
+class Restart(_Cutting):
     """Restart sampling around any solver: on reaching the level `low`, noise up to `high` and back down by the solver, again and again.
 
     intervals: (low, high, steps, repeats), levels rho = sigma / alpha, low rounded to the nearest time of the grid (in log rho) that is
@@ -127,12 +141,11 @@ class Restart(Around):
     steps however many the grid has; strong order 0. Xu et al. 2023 (NeurIPS), algorithm 1.
     """
 
-    solver: Solver
     intervals: tuple[tuple[float, float, int, int], ...]
     s_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "solver", _cut(self.solver))
+        super().__post_init__()
         wrong = TypeError(f"intervals is {self.intervals!r}; wanted (low, high, steps, repeats) ones, as in [(0.06, 0.3, 2, 3)]")
         if isinstance(self.intervals, str) or not isinstance(self.intervals, Sequence) or not self.intervals:
             raise wrong
@@ -146,11 +159,6 @@ class Restart(Around):
             check_count(steps, "steps")
             check_count(repeats, "repeats")
         check_number(self.s_noise, "s_noise", 0.0)
-
-    @property
-    def inner(self) -> Solver:
-        """The solver."""
-        return self.solver
 
     @property
     def weak_order(self) -> float:
@@ -170,7 +178,7 @@ class Restart(Around):
         _check_grid(self, times)
         found: dict[int, list[tuple[Tensor, int]]] = {}
         levels = sde.rho(times)
-        top = float(sde.rho(torch.tensor(sde.t_max, dtype=torch.float64)))
+        top = float(_top(sde))
         for low, high, steps, repeats in self.intervals:
             if not levels[-1] * (1 - 1e-9) <= low <= levels[0] or high > top * (1 + 1e-9):
                 raise ValueError(
