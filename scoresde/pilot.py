@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,28 +86,27 @@ class _Recorded(Solver):
 
 def freeze(
     denoiser: Denoiser, shape: Sequence[int], solver: Controlled | None = None, *, fixed: Solver | None = None,
-    seeds: Sequence[int] | Tensor | None = None, generator: torch.Generator | None = None, x: Tensor | None = None,
-    microbatch: int | None = None, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
+    seeds: Sequence[int] | Tensor | None = None, x: Tensor | None = None, microbatch: int | None = None,
+    dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
 ) -> Frozen:  # fmt: skip
     """One adaptive run of `shape` = [B, *event] from t_max to t_min, turned into a fixed grid for other noise. solver: default Dopri5().
 
     The grid has the pilot's mean density of steps: n steps hold equal parts of the mean number of steps taken before t. fixed: who runs on
-    it, default `solver.fixed`: of a flow AdamsMoulton(5), which uses on a fixed grid what a single step cannot, of the SDE ImprovedEuler().
-    The other arguments are those of `sample`; some 64 samples will do. Raises TypeError for a solver without steps of its own; as `sample`.
+    it; None: of a flow, AdamsMoulton(5) or the single steps themselves, whichever ends nearer to the pilot on the grid of its mean cost
+    (two more solves of the pilot); of the SDE, ImprovedEuler(). The other arguments are those of `sample`; some 64 samples will do.
+    Raises TypeError for a solver without steps of its own; as `sample`.
     """
     solver = Dopri5() if solver is None else solver
     if not isinstance(solver, Controlled):
         raise TypeError(
             f"solver is {solver!r}; wanted an adaptive solver with steps of its own, as Dopri5(), DPMAdaptive() or AdaptiveSDE()"
         )
-    fixed = solver.fixed if fixed is None else check_solver(fixed)
-    if fixed.adaptive:
+    choices = solver.fixed if fixed is None else (check_solver(fixed),)
+    if choices[0].adaptive:
         raise TypeError(f"fixed is {fixed!r}, which chooses its own steps; wanted a solver on a grid, as AdamsMoulton(5)")
     log: list[list[tuple[Tensor, Tensor]]] = []
-    pilot = sample(
-        denoiser, shape, _Recorded(solver, log), seeds=seeds, generator=generator, x=x, denoise=False, microbatch=microbatch, dtype=dtype,
-        device=device,
-    )  # fmt: skip
+    run = partial(sample, denoiser, shape, x=x, denoise=False, microbatch=microbatch, dtype=dtype, device=device)
+    pilot = run(_Recorded(solver, log), seeds=seeds)
     if not len(pilot.x):
         raise ValueError(f"shape is {list(shape)}; wanted at least one sample for the pilot")
     sde, clock = denoiser.sde, solver.clock
@@ -119,5 +120,11 @@ def freeze(
     w = every[np.unique(np.linspace(0, len(every) - 1, min(len(every), _NODES)).round().astype(int))]
     count = np.sum([np.interp(sign * w, sign * path, np.arange(len(path))) for path in paths], axis=0)
     grid = FrozenGrid(sde, clock, torch.from_numpy(w), torch.from_numpy(count / count[-1]))
-    steps = steps_within(fixed, max(fixed.evaluations(1), round(float(pilot.nfe_each.double().mean()))))
-    return Frozen(fixed, grid, grid(sde, steps), pilot)
+    budget = round(float(pilot.nfe_each.double().mean()))
+    grids = [grid(sde, steps_within(choice, max(choice.evaluations(1), budget))) for choice in choices]
+    best = 0
+    if len(choices) > 1:
+        ends_at = [run(choice, times=times, seeds=pilot.seeds, throw=False).x for choice, times in zip(choices, grids, strict=True)]
+        far = [float((x_end - pilot.x).double().square().sum()) for x_end in ends_at]
+        best = min(range(len(choices)), key=lambda k: far[k] if math.isfinite(far[k]) else math.inf)
+    return Frozen(choices[best], grid, grids[best], pilot)

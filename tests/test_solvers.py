@@ -15,7 +15,7 @@ import scoresde
 from scoresde import EDM, VP, Heun, grid, solvers, variables
 from scoresde.linear import derivative
 from scoresde.noise import seeded
-from scoresde.solvers.weights import bh1, bh2, exact, segments
+from scoresde.solvers.weights import bh1, bh2, exact, segment
 
 SDES = every_sde()
 
@@ -32,7 +32,7 @@ def test_weights_are_the_psi_functions_to_rounding_at_any_step(h):
     sde = EDM(t_min=1e-4, t_max=1e4)
     lam = torch.tensor([0.0, h], dtype=D)
     t, s = sde.time(2 * lam).split(1)
-    (part,) = segments(variables.x0, variables.lam, sde, t, s)
+    (part,) = segment(variables.x0, variables.lam, sde, t, s).each()
     a, b = -0.7 * h, -1.6 * h
     moments = [psi(1, h), psi(2, h), 2 * psi(3, h)]  # int e^(u - h) u^k du
     wanted = [
@@ -49,7 +49,7 @@ def test_weights_are_the_psi_functions_to_rounding_at_any_step(h):
 def test_adams_bashforth_and_moulton_on_a_uniform_grid_are_the_textbook_ones():
     sde = EDM(t_min=1.0, t_max=10.0)
     t = torch.tensor([5.0], dtype=D)
-    (part,) = segments(variables.eps, variables.rho, sde, t, t - 1)
+    (part,) = segment(variables.eps, variables.rho, sde, t, t - 1).each()
     for nodes, wanted in (
         ([5, 6], [3 / 2, -1 / 2]),
         ([5, 6, 7], [23 / 12, -16 / 12, 5 / 12]),
@@ -58,13 +58,13 @@ def test_adams_bashforth_and_moulton_on_a_uniform_grid_are_the_textbook_ones():
         ([5, 4, 6, 7], [19 / 24, 9 / 24, -5 / 24, 1 / 24]),
     ):
         assert np.abs(-exact(part, [float(w) for w in nodes]) - wanted).max() < 1e-14
-    counted = segments(variables.eps, None, sde, torch.tensor([9.0, 5.0], dtype=D), torch.tensor([5.0, 2.0], dtype=D))[1]
+    counted = segment(variables.eps, None, sde, torch.tensor([9.0, 5.0], dtype=D), torch.tensor([5.0, 2.0], dtype=D)).each()[1]
     assert np.abs(exact(counted, [1.0, 0.0]) / -3 - [3 / 2, -1 / 2]).max() < 1e-14
 
 
 def test_bh_differs_from_exact_on_two_nodes_alone():
     t, s = torch.tensor([3.0, 1.0], dtype=D).split(1)
-    (part,) = segments(variables.x0, variables.lam, EDM(), t, s)
+    (part,) = segment(variables.x0, variables.lam, EDM(), t, s).each()
     w0, h = part.start, part.end - part.start
     for nodes in ([w0], [w0, w0 - 0.3, w0 - 1], [w0, w0 + h, w0 - 0.3, w0 - 1]):
         assert np.array_equal(bh1(part, nodes), exact(part, nodes))

@@ -47,9 +47,9 @@ class Adaptive(Controlled):
         return f"{inner[:-1]}{'' if inner.endswith('(') else ', '}{', '.join(shown)})"
 
     @property
-    def fixed(self) -> Solver:
-        """AdamsMoulton(5): on a grid that is given, a past costs nothing, and single steps lose to it."""
-        return AdamsMoulton(5)
+    def fixed(self) -> tuple[Solver, ...]:
+        """AdamsMoulton(5), to which on a given grid a past costs nothing, and the single steps themselves."""
+        return AdamsMoulton(5), self.solver
 
     @property
     def order(self) -> int:
@@ -211,9 +211,9 @@ class AdaptiveSDE(Controlled, StochasticSolver):
     strong_order = 1.0
 
     @property
-    def fixed(self) -> ImprovedEuler:
+    def fixed(self) -> tuple[Solver, ...]:
         """The same method on a grid."""
-        return ImprovedEuler()
+        return (ImprovedEuler(),)
 
     def land(self, sde: LinearSDE, t: Tensor, s: Tensor) -> Tensor:
         """The next multiple of 2^-d of the way from t_min to t_max, with 2^-d at most a quarter of the step: never a longer one."""

@@ -99,8 +99,8 @@ class Controlled(Solver):
 
     @property
     @abstractmethod
-    def fixed(self) -> Solver:
-        """Who runs on the grid of a run of this solver: see `freeze`."""
+    def fixed(self) -> tuple[Solver, ...]:
+        """Who may run on the grid of a run of this solver: `freeze` takes the best on its pilot."""
 
     @abstractmethod
     def attempt(
@@ -166,7 +166,7 @@ class Controlled(Solver):
             last |= aim == s
             lost = torch.where((aim - b.t).abs() > _ULPS * b.t.abs(), 0, int(Status.MIN_STEP))
             lost[oracle.nfe[b.rows] - run.used[b.rows] + self.cost > self.max_nfe] = int(Status.MAX_NFE)
-            lost[b.tries >= _TRIES] = 1
+            lost[(b.tries >= _TRIES) | (lost < 0) & (b.tries > 0)] = 1
             if bool(lost.any()):
                 keep = lost[:n] == 0
                 for code in lost[:n][~keep].unique().tolist():
