@@ -52,7 +52,7 @@ def check_state(x: Any, name: str = "x") -> Tensor:
 
 def check_finite(x: Tensor, name: str = "x") -> Tensor:
     """Return `x` when every entry is finite; raise a ValueError that names the first bad rows otherwise."""
-    if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):  # a sum is quicker, and may overflow
+    if not math.isfinite(float(x.detach().sum())) and not bool(torch.isfinite(x).all()):  # a sum is quicker, and may overflow
         rows = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist() if x.ndim > 1 else []
         raise ValueError(f"{name} has NaN or infinite entries in rows {rows[:8]}; wanted finite numbers: clean the data first")
     return x

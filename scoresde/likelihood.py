@@ -134,7 +134,7 @@ def log_prob(
     """Log p_{t_min}(x) in nats, `[B]`: x `[B, *shape]` is a noised state, for clean data see `bits_per_dim`.
 
     log p(x) = log prior(z) + l + D log(alpha_T / alpha_0), z and l = int tr(d eps / dy) drho by `solver` (deterministic; default
-    TorchDiffEq() without a budget, else DPMSolverPP(2)) on a grid uniform in logsnr. prior: log-density at the last time, default
+    Dopri5() without a budget, else DPMSolverPP(2)) on a grid uniform in logsnr. prior: log-density at the last time, default
     `sde.prior_log_prob`, which differs from the true p_T by the mismatch of the SDE. probes: None for the exact divergence (D
     vector-Jacobian products an evaluation, `chunk` at a time), k for k Rademacher probes. Gradients flow when x requires grad.
     Song et al. 2021 (ICLR), app. D; Grathwohl et al. 2019 (ICLR).

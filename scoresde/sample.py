@@ -19,7 +19,7 @@ from .grid import Grid, check_times, karras, logsnr, rectified
 from .linear import LinearSDE
 from .noise import Noise, brownian, entropy_seeds, gaussian, seeded
 from .oracle import Oracle
-from .solvers import AdamsMoulton, DPMSolverPP, Solver, TorchDiffEq, UniPC, bh1
+from .solvers import AdamsMoulton, Dopri5, DPMSolverPP, Solver, UniPC, bh1
 from .variables import V, eps, lam, velocity
 
 __all__ = ["Solution", "decode", "encode", "sample", "trajectory"]
@@ -64,7 +64,8 @@ class Solution:
     """What a solve returns.
 
     x `[B, *shape]`; nfe: denoiser evaluations a sample (the largest over samples), `nfe_each` `[B]` all of them; ledger: the cost of
-    a sample by kind (see Oracle); status `[B]`: 0, or the first step that left the sample non-finite; times: the grid; solver: what
+    a sample by kind (see Oracle); status `[B]`: 0, or the first step that left the sample non-finite, or a `Status`, negative, of one
+    that an adaptive solver gave up; times: the grid; solver: what
     ran; seeds: what to pass to get the same x again (None with a generator, or where
     nothing is drawn).
     """
@@ -290,7 +291,7 @@ def ode_plan(
 ) -> tuple[Solver, Tensor]:
     """Solver and times of an encode, a decode or a likelihood: deterministic, uniform in logsnr whatever a solver recommends."""
     if solver is None:
-        solver = TorchDiffEq() if nfe is steps is times is None else DPMSolverPP(2)
+        solver = Dopri5() if nfe is steps is times is None else DPMSolverPP(2)
     if check_solver(solver).stochastic:
         raise TypeError(f"{solver!r} is stochastic and has no inverse and no density; wanted a deterministic solver such as Heun()")
     grid = grid or (None if solver.adaptive or times is not None else logsnr)
@@ -304,7 +305,7 @@ def encode(
 ) -> Solution:  # fmt: skip
     """The latent of x: the probability flow from t_min up to t_max. x `[B, *shape]` is a state at t_min; nothing is clipped.
 
-    Default: TorchDiffEq() when no budget is given, else DPMSolverPP(2); the grid is uniform in logsnr.
+    Default: Dopri5() when no budget is given, else DPMSolverPP(2); the grid is uniform in logsnr.
     """
     solver, times = ode_plan(check_denoiser(denoiser).sde, solver, nfe=nfe, steps=steps, times=times, grid=grid)
     x = check_finite(check_state(x))

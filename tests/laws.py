@@ -57,6 +57,7 @@ VARIANTS = {
         dict(order=2, variable=variables.velocity), dict(order=3, variable=variables.eps), dict(order=4, variable=variables.velocity),
         dict(order=3, variable=variables.V(0.5)),
     ],
+    "Adaptive": [dict(solver=solvers.Heun(), rtol=1e-2, atol=1e-2)],
     "Ancestral": [dict(upper=0.0), dict(upper=1.0), dict(upper=0.5)],
     "AnnealedLangevin": [dict(snr=0.1, moves=3)],
     "Churn": [
@@ -76,6 +77,7 @@ VARIANTS = {
     "ERSDE": [
         dict(degree=1), dict(degree=2), dict(degree=3), dict(degree=3, phi=square), dict(degree=3, phi=square, weights=solvers.exact),
     ],
+    "DPMAdaptive": [dict(order=2), dict(order=3)],
     "Euler": [dict(), dict(variable=variables.time)],
     "Heun": [dict(), dict(variable=variables.time)],
     "IPNDM": [dict(order=1), dict(order=2), dict(order=3), dict(order=4)],
@@ -120,7 +122,19 @@ def every_solver() -> list[solvers.Solver]:
 
 SOLVERS = every_solver()
 FLOWS = [s for s in SOLVERS if not s.stochastic and not s.adaptive]
-STOCHASTIC = [s for s in SOLVERS if s.stochastic]
+STOCHASTIC = [s for s in SOLVERS if s.stochastic and not s.adaptive]
+
+
+def budget_of(solver: solvers.Solver, steps: int) -> dict[str, int]:
+    """So many steps, of a solver that does not choose its own."""
+    return {} if solver.adaptive else {"steps": steps}
+
+
+def coarse(solver: solvers.Solver) -> solvers.Solver:
+    """An adaptive solver at a tolerance of 1e-3 at least; any other as it is."""
+    if not solver.adaptive:
+        return solver
+    return dataclasses.replace(solver, rtol=max(solver.rtol, 1e-3), atol=max(solver.atol, 1e-3))
 
 
 def label(solver: object) -> str:

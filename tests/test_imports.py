@@ -34,6 +34,7 @@ ARROWS = {
     "solvers": {"oracle", "variables", "grid", "denoiser", "linear", "noise", "checks"},
     "sample": (STEPS - {"sample"}) | {"variables"},
     "likelihood": STEPS,
+    "pilot": {"sample", "solvers", "oracle", "denoiser", "grid", "linear", "variables", "checks"},
     "orders": {"sample", "solvers", "denoiser", "noise", "grid", "checks"},
     "loss": {"denoiser", "linear", "noise", "checks"},
     "train": {"loss", "denoiser", "noise", "checks"},

@@ -1,22 +1,36 @@
 """The laws: what holds for every SDE and every solver, looped over the same `__all__` lists as the docs and the benchmarks."""
 
 import math
-from dataclasses import replace
 from itertools import pairwise
 
 import laws
 import pytest
 import torch
-from laws import FLOWS, SIX, D, every_sde, every_solver, label, logsnr_times, mixture, run
+from laws import FLOWS, SIX, D, budget_of, coarse, every_sde, every_solver, label, logsnr_times, mixture, run
 
 import scoresde
-from scoresde import DDIM, EDM, VP, Ancestral, EulerMaruyama, Gaussian, Heun, Langevin, TorchDiffEq, solvers, variables
+from scoresde import (
+    DDIM,
+    EDM,
+    VP,
+    Ancestral,
+    EulerMaruyama,
+    Gaussian,
+    Heun,
+    ImprovedEuler,
+    Langevin,
+    TorchDiffEq,
+    TorchSDE,
+    solvers,
+    variables,
+)
 from scoresde.noise import seeded
 from scoresde.sample import chunks, plan
 from scoresde.solvers.corrector import Hold
 
 SDES = every_sde()
 SOLVERS = every_solver()
+LONG = (EulerMaruyama, ImprovedEuler, TorchSDE)  # explicit in the drift: they refuse, or blow up in, few steps
 
 
 # --- orders --------------------------------------------------------------------------------------------------------------
@@ -128,19 +142,20 @@ class Counted(scoresde.Denoiser):
 @pytest.mark.parametrize("name", SIX)
 @pytest.mark.parametrize("solver", SOLVERS, ids=label)
 def test_counted_nfe_is_a_counter_inside_the_denoiser(solver, name):
-    for steps in (13, 14, 20) if isinstance(solver, EulerMaruyama) else (1, 2, 7):  # it refuses longer steps
+    for steps in (13, 14, 20) if isinstance(solver, LONG) else (1, 2, 7):  # it refuses longer steps
         denoiser = Counted(mixture(SDES[name]))
-        budget = {} if solver.adaptive else {"steps": steps}
-        if solver.adaptive:
-            solver = replace(solver, rtol=1e-2, atol=1e-2)
-        found = scoresde.sample(denoiser, (3, 2), solver, seeds=range(3), dtype=D, **budget)
-        assert found.nfe * 3 == denoiser.rows
-        assert found.ledger["score"] + found.ledger["denoise"] == found.nfe == found.ledger["network"]
+        found = scoresde.sample(denoiser, (3, 2), coarse(solver), seeds=range(3), dtype=D, **budget_of(solver, steps))
+        mean = float(found.nfe_each.double().mean())
+        assert found.nfe_each.sum() == denoiser.rows
+        assert found.ledger["score"] + found.ledger["denoise"] == pytest.approx(mean, rel=1e-12)
+        assert found.ledger["network"] == pytest.approx(mean, rel=1e-12)
         assert found.ledger["denoise"] == 1
         assert found.ledger["guidance"] == found.ledger["divergence"] == 0
-        assert bool((found.nfe_each == found.nfe).all())
         if not solver.adaptive:
+            assert found.nfe_each.tolist() == [found.nfe] * 3
             assert solver.evaluations(steps) == found.ledger["score"]
+            continue
+        break
 
 
 class Line(scoresde.Denoiser):
@@ -190,7 +205,7 @@ def test_dtype_shape_and_device_are_kept(solver, dtype):
     mean = torch.zeros(1, 2, 3, dtype=D)
     for b in (0, 1, 5):
         denoiser = Gaussian(VP(), mean, 0.5)
-        budget = {} if solver.adaptive else {"steps": 20 if isinstance(solver, EulerMaruyama) else 3}
+        budget = budget_of(solver, 20 if isinstance(solver, LONG) else 3)
         found = scoresde.sample(denoiser, (b, 1, 2, 3), solver, seeds=range(b), dtype=dtype, **budget)
         assert found.x.shape == (b, 1, 2, 3)
         assert found.x.dtype == dtype
@@ -204,7 +219,7 @@ SEED_SOLVERS = [s for s in SOLVERS if s.independent]
 @pytest.mark.parametrize("solver", SEED_SOLVERS, ids=label)
 def test_same_seeds_same_x_for_any_split_order_and_microbatch(solver):
     denoiser = mixture(VP())
-    kwargs = dict(solver=solver, steps=6, dtype=D)
+    kwargs = dict(solver=coarse(solver), dtype=D, **budget_of(solver, 20 if isinstance(solver, LONG) else 6))
     whole = scoresde.sample(denoiser, (9, 2), seeds=range(9), **kwargs).x
     parts = [scoresde.sample(denoiser, (len(r), 2), seeds=r, **kwargs).x for r in (range(4), range(4, 5), range(5, 9))]
     assert (torch.cat(parts) - whole).abs().max() < 1e-12
@@ -259,10 +274,7 @@ def test_the_start_of_a_seed_is_the_same_for_every_solver_dtype_and_budget():
 @pytest.mark.parametrize("solver", SOLVERS, ids=label)
 @pytest.mark.parametrize("name", sorted(SDES))
 def test_every_solver_runs_on_every_sde_full_range(solver, name):
-    if solver.adaptive:
-        solver = replace(solver, rtol=1e-3, atol=1e-3)
-    budget = {} if solver.adaptive else {"steps": 40}
-    found = scoresde.sample(mixture(SDES[name]), (32, 2), solver, seeds=range(32), dtype=D, **budget)
+    found = scoresde.sample(mixture(SDES[name]), (32, 2), coarse(solver), seeds=range(32), dtype=D, **budget_of(solver, 40))
     assert found.x.isfinite().all()
     if not isinstance(getattr(solver, "predictor", solver), (Langevin, Hold)):  # a corrector alone moves nothing from t to s
         assert found.x.abs().max() < 5

@@ -65,7 +65,7 @@ def test_the_default_solver_of_encode_and_decode(budget, n):
     up = s.encode(MIX, x, **budget)
     down = s.decode(MIX, up.x, **budget)
     assert up.solver == down.solver == s.log_prob(MIX, x, **budget).solution.solver
-    assert up.solver == (s.DPMSolverPP(2) if budget else s.TorchDiffEq())
+    assert up.solver == (s.DPMSolverPP(2) if budget else s.Dopri5())
     assert torch.equal(up.times, down.times.flip(0))
     assert torch.equal(down.times, grid.logsnr(VP, n))
     if budget:

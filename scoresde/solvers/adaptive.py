@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -42,9 +42,10 @@ class Adaptive(Controlled):
             )
 
     def __repr__(self) -> str:
-        shown = [f"{k}={getattr(self, k)!r}" for k in ("rtol", "atol", "pid", "max_nfe")]
-        inner = self.name or f"Adaptive({self.solver!r})"
-        return f"{inner[:-1]}{'' if inner.endswith('(') else ', '}{', '.join(shown)})"
+        head, inside = (self.name or f"Adaptive({self.solver!r})")[:-1].split("(", 1)
+        shown = [f"{k}={getattr(self, k)!r}" for k in ("rtol", "atol")]
+        shown += [f"{f.name}={getattr(self, f.name)!r}" for f in fields(Controlled)[2:] if getattr(self, f.name) != f.default]
+        return f"{head}({', '.join([inside] * bool(inside) + shown)})"
 
     @property
     def fixed(self) -> tuple[Solver, ...]:

@@ -139,7 +139,7 @@ class _Watched(_Field):
 
     def norm(self, ratio: Tensor) -> Tensor:
         """Largest over the samples not lost: the tolerance holds for each, whoever its mates are. Of steps, so that none has a gradient."""
-        size = self.oracle.denoiser.error_norm(ratio.detach().masked_fill(self.lost, 0.0))
+        size = self.oracle.denoiser.error_norm(ratio.detach().masked_fill(self.lost, 0.0).to(self.dtype))
         return size.nan_to_num(nan=math.inf, posinf=math.inf).max()  # an overflow asks for a smaller step
 
     def callback_step(self, u: Tensor, y: Any, du: Tensor) -> None:
