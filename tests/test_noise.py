@@ -580,6 +580,22 @@ REFUSED = [
 ]  # fmt: skip
 
 
+def test_rows_that_were_at_a_time_before_are_remembered_to_the_bit():
+    """Some rows go on, some go back, some are chosen: each increment is that of a path that remembers nothing."""
+    rows, low, high = 8, 0.25, 2.0
+    x, path = torch.zeros(rows, 3, dtype=torch.float64), brownian(range(rows), low, high)
+    here = torch.full((rows, 1), high, dtype=torch.float64)
+    index = torch.arange(rows)
+    for k in range(6):
+        there = here - 0.03 * (1 + torch.rand(here.shape, dtype=torch.float64, generator=generator()))
+        for call in (lambda p: p(x[: len(here)], here, there), lambda p: torch.cat(p.pair(x[: len(here)], here, there))):
+            assert torch.equal(call(path), call(brownian(index.tolist(), low, high)))
+        here = torch.where(torch.arange(len(here))[:, None] % 3 == k % 3, here, there)  # a third of them tries again
+        if k in (2, 4):
+            chosen = torch.tensor([0, 2, 2, 5] if k == 2 else [3, 1])
+            path, here, index = path.select(chosen), here[chosen], index[chosen]
+
+
 @pytest.mark.parametrize(("call", "error", "match"), REFUSED, ids=[m[:30] for _, _, m in REFUSED])
 def test_bad_input_is_refused_with_the_mend(call, error, match):
     with pytest.raises(error, match=match):

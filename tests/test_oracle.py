@@ -255,6 +255,38 @@ def test_status_is_the_first_bad_step_of_each_sample():
         names.check(times)
 
 
+def test_samples_given_up_have_a_status_and_a_name():
+    oracle = Oracle(mixture(VP), 4, names=torch.tensor([7, 8, 9, 9]), throw=False)
+    oracle.lose(torch.tensor([1]), s.Status.MAX_NFE, "have used up")
+    oracle.lose(torch.tensor([2, 3]), s.Status.DONE, "are not finite")
+    assert oracle.status().tolist() == [0, s.Status.MAX_NFE, 0, 0]
+    nan = torch.zeros(4, 2)
+    nan[1:] = float("nan")
+    oracle.watch(nan)
+    assert oracle.status().tolist() == [0, -1, 1, 1]
+    loud = Oracle(mixture(VP), 4, names=torch.tensor([7, 8, 9, 9]))
+    with pytest.raises(s.UnfinishedError, match=r"^samples \[8, 9\] \(2 of 3\) are spent"):
+        loud.lose(torch.tensor([1, 2, 3]), s.Status.MIN_STEP, "are spent")
+    with pytest.raises(s.NonFiniteError, match=r"^samples \[9\] \(1 of 3\) are not finite"):
+        loud.lose(torch.tensor([3]), s.Status.DONE, "are not finite")
+    assert issubclass(s.UnfinishedError, RuntimeError)
+
+
+def test_padding_repeats_the_last_row_and_is_not_counted():
+    oracle = Oracle(mixture(VP), 4, kept=3, exact=True)
+    assert oracle.pad(torch.tensor([2, 1])).tolist() == [2, 1, 1, 1]
+    assert Oracle(mixture(VP), 4).pad(torch.tensor([2, 1])).tolist() == [2, 1]
+    with oracle:
+        part = oracle.select(oracle.pad(torch.tensor([2, 1])))
+        part(X, T)
+        assert oracle.nfe.tolist() == [0, 1, 1, 0]
+        assert oracle.ledger["score"] == oracle.ledger["network"] == pytest.approx(2 / 3)
+        oracle.reject(torch.tensor([1, 3]), 6)  # 3 is padding
+        assert oracle.ledger["rejected"] == pytest.approx(2)
+        part.record("divergence", 2.0)  # by those it was asked for
+        assert oracle.ledger["divergence"] == pytest.approx(4 / 3)
+
+
 def test_a_finite_solve_passes_the_check():
     oracle = Oracle(mixture(VP), 3)
     oracle.watch(torch.ones(3, 2))
