@@ -45,6 +45,7 @@ class Oracle:
         self.throw = throw
         self.names = torch.arange(rows) if names is None else names
         self._size, self.kept, self.exact = rows, rows if kept is None else kept, exact
+        self._samples = self.kept  # of the whole batch, whatever is selected
         self._calls = [0]  # of the whole batch; one list for this oracle and its selections
         self._each = torch.zeros(rows, dtype=torch.int64)  # and those of selections, by row
         self._rows: Tensor | None = None  # of the root's batch, when this is a selection
@@ -115,7 +116,7 @@ class Oracle:
         part.denoiser = self.denoiser.select(index)
         part.noise_source = None if self.noise_source is None else self.noise_source.select(index)
         part._rows = index if self._rows is None else self._rows[index]
-        part.names = self.names[index]
+        part.names, part.kept = self.names[index], len(index)
         part._attach()
         return part
 
@@ -124,8 +125,16 @@ class Oracle:
         return torch.cat([index, index[-1:].expand(self._size - len(index))]) if self.exact else index
 
     def _share(self, rows: Tensor) -> float:
-        """Part of the samples that these rows are: padding does not count."""
-        return len(rows[rows < self.kept].unique()) / max(1, self.kept)
+        """Part of the samples that these rows of the whole batch are: padding does not count."""
+        return len(rows[rows < self._samples].unique()) / max(1, self._samples)
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        """Where these rows are in the whole batch."""
+        return rows if self._rows is None else self._rows[rows]
+
+    def spent(self, rows: Tensor) -> Tensor:
+        """Evaluations of these rows so far, like rows."""
+        return self._each[self._whole(rows)] + self._calls[0]
 
     # --- counting ---------------------------------------------------------------------------------------------------------
     def record(self, name: str, amount: float) -> None:
@@ -134,7 +143,7 @@ class Oracle:
 
     def reject(self, rows: Tensor, amount: float) -> None:
         """Note that the last `amount` evaluations of these rows were of steps not taken."""
-        self._counts["rejected"] += amount * self._share(rows)
+        self._counts["rejected"] += amount * self._share(self._whole(rows))
 
     @contextmanager
     def counting(self, kind: str) -> Iterator[None]:
@@ -216,7 +225,7 @@ class Oracle:
             error = UnfinishedError if status else NonFiniteError
             raise error(f"{self._who(self.names[rows])} {problem}")
         if status:
-            self._lost[rows] = int(status)
+            self._lost[self._whole(rows)] = int(status)
 
     def _who(self, names: Tensor) -> str:
         names, everyone = names.unique(), self.names.unique()  # padding repeats a row

@@ -121,7 +121,11 @@ class Controlled(Solver):
 
     def run(self, oracle: Oracle, rows: int) -> Run:
         """The state a solve of so many rows begins with."""
-        return Run(torch.full((rows,), math.nan, dtype=torch.float64), torch.ones(rows, 2, dtype=torch.float64), oracle.nfe)
+        return Run(
+            torch.full((rows,), math.nan, dtype=torch.float64),
+            torch.ones(rows, 2, dtype=torch.float64),
+            oracle.spent(torch.arange(rows)),
+        )
 
     # --- the loop ----------------------------------------------------------------------------------------------------------
     def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Run]:
@@ -140,64 +144,52 @@ class Controlled(Solver):
         return x, run
 
     def _cross(self, oracle: Oracle, run: Run, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        sde, clock, out = oracle.sde, self.clock, x
+        sde, clock = oracle.sde, self.clock
         end = clock.at(sde, s)
         sign = float((end - clock.at(sde, t)).sign())
-        first = run.last if run.x is x else None
-        if first is None:
-            first, step = self.begin(oracle, x, t, s)
-            run.step = torch.where(run.step.isnan(), step, run.step)
-        run.last = first
-        fine = x if first is None else x + first  # NaN or infinity in an entry shows in the sum
-        keep = fine.detach().flatten(1).sum(1).isfinite().cpu()[: oracle.kept]
-        if not bool(keep.all()):
-            out = self._lose(oracle, out, torch.arange(len(keep))[~keep], Status.DONE, t.expand(len(keep))[~keep])
-        b = _Block(torch.arange(len(x)), x, t.expand(len(x)), run.step, run.before, first)
-        part, n = oracle, 0
-        while bool(keep.any()):
-            if n != int(keep.sum()):  # fewer than in the last try
-                places = keep.nonzero().flatten()
-                n, b = len(places), b.take(oracle.pad(places))
-                part = oracle.select(b.rows)
+        way = _Way(self, oracle, run, x, t)
+        way.leave(~_finite(way.b.x[: way.n]))  # lost before, and said so
+        if way.b.first is None:
+            self._bound(way, 1)
+        if way.n and way.b.first is None:  # of the whole batch, unless samples were lost
+            way.b.first, step = self.begin(way.part, way.b.x, t, s)
+            way.b.h = torch.where(way.b.h.isnan(), step, way.b.h)
+        if way.n and way.b.first is not None:
+            way.lose(~_finite(way.b.first[: way.n]), Status.DONE)
+        while way.n:
+            b = way.b
             w = clock.at(sde, b.t)
             last = b.h * _STRETCH >= (end - w).abs()
-            aim = clock.time(sde, w + sign * b.h)
-            aim = torch.where(last, s, self.land(sde, b.t, aim).clamp(torch.minimum(b.t, s), torch.maximum(b.t, s)))
+            aim = self.land(sde, b.t, clock.time(sde, w + sign * b.h)).clamp(torch.minimum(b.t, s), torch.maximum(b.t, s))
+            aim = torch.where(last, s, aim)
             last |= aim == s
-            lost = torch.where((aim - b.t).abs() > _ULPS * b.t.abs(), 0, int(Status.MIN_STEP))
-            lost[oracle.nfe[b.rows] - run.used[b.rows] + self.cost > self.max_nfe] = int(Status.MAX_NFE)
-            lost[(b.tries >= _TRIES) | (lost < 0) & (b.tries > 0)] = 1
-            if bool(lost.any()):
-                keep = lost[:n] == 0
-                for code in lost[:n][~keep].unique().tolist():
-                    these = lost[:n] == code
-                    out = self._lose(oracle, out, b.rows[:n][these], Status(min(code, 0)), b.t[:n][these])
+            stuck = ~((aim - b.t).abs() > _ULPS * b.t.abs())
+            if way.lose(((b.tries >= _TRIES) | stuck & (b.tries > 0))[: way.n], Status.DONE):
                 continue
-            y, ratio, end_value = self.attempt(part, b.x, b.t, aim, b.first)
-            error = part.denoiser.error_norm(ratio.detach()).to("cpu", torch.float64)
-            ok, rows = error <= 1, b.rows[:n]
-            took = (clock.at(sde, aim) - w).abs()
-            h = self._next(error, ok, took, b)
+            if way.lose(stuck[: way.n], Status.MIN_STEP) or self._bound(way, self.cost):
+                continue
+            y, ratio, end_value = self.attempt(way.part, b.x, b.t, aim, b.first)
+            error = way.part.denoiser.error_norm(ratio.detach()).to("cpu", torch.float64)
+            error = torch.where(_finite(y), error, math.nan)  # an infinite y has a tolerance to match
+            ok, n, rows = error <= 1, way.n, b.rows[: way.n]
+            h = self._next(error, ok, (clock.at(sde, aim) - w).abs(), b)
             if run.taken is not None:
                 run.taken.append((rows[ok[:n]], aim[:n][ok[:n]]))
-            if not bool(ok.all()):
+            if not bool(ok[:n].all()):
                 oracle.reject(rows[~ok[:n]], self.cost)
             on = ok.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
             first = None if end_value is None else torch.where(on, end_value, end_value if b.first is None else b.first)
             before = torch.where(ok[:, None], torch.stack([error.clamp(min=_LEAST_ERROR), b.before[:, 0]], 1), b.before)
-            b = _Block(
-                b.rows, torch.where(on, y, b.x), torch.where(ok, aim, b.t), torch.where(ok & last, torch.maximum(b.h, h), h), before,
-                first, torch.where(error.isfinite(), 0, b.tries + 1), ~ok,
-            )  # fmt: skip
-            keep = ~(ok & last)[:n]
-            if not bool(keep.all()):
-                done = (~keep).nonzero().flatten()
-                there, done_x = rows[done].to(x.device), done.to(x.device)
-                out = out.index_copy(0, there, b.x[done_x])
-                run.last = None if b.first is None or run.last is None else run.last.index_copy(0, there, b.first[done_x])
-                run.step = run.step.index_copy(0, rows[done], b.h[done])
-                run.before = run.before.index_copy(0, rows[done], b.before[done])
-        return out
+            h = torch.where(ok & last, torch.maximum(b.h, h), h)  # cut short at s, and no shorter for it
+            tries = torch.where(error.isfinite(), 0, b.tries + 1)
+            way.b = _Block(b.rows, torch.where(on, y, b.x), torch.where(ok, aim, b.t), h, before, first, tries, ~ok)
+            way.arrive((ok & last)[:n])
+        return way.out
+
+    def _bound(self, way: _Way, cost: int) -> bool:
+        """Whether samples were lost that cannot afford as many evaluations more."""
+        rows = way.b.rows[: way.n]
+        return way.lose(way.oracle.spent(rows) - way.run.used[rows] + cost > self.max_nfe, Status.MAX_NFE)
 
     def _next(self, error: Tensor, ok: Tensor, took: Tensor, b: _Block) -> Tensor:
         """The steps to try next."""
@@ -208,31 +200,17 @@ class Controlled(Solver):
         shorter = (self.safety * e**-i).clamp(_LEAST, self.safety)
         return took * torch.where(ok, longer, torch.where(error.isfinite(), shorter, _BACK_OFF))
 
-    def _lose(self, oracle: Oracle, out: Tensor, rows: Tensor, status: Status, t: Tensor) -> Tensor:
-        where = f"at t = {', '.join(f'{v:.6g}' for v in t[:4].tolist())}"
-        if status is Status.MAX_NFE:
-            problem = (
-                f"have used max_nfe = {self.max_nfe} evaluations and are {where}; loosen rtol and atol, or allow more with max_nfe="
-            )
-        elif status is Status.MIN_STEP:
-            problem = (
-                f"are {where}, where the error is above the tolerance in the smallest step that time resolves; loosen rtol and atol, solve "
-                "in float64, or check that the denoiser is smooth"
-            )
-        else:
-            problem = (
-                f"are not finite {where}: the denoiser returned NaN or infinity there, or the step overflowed; check the network at that "
-                "time, or use throw=False and read .status"
-            )
-        oracle.lose(rows, status, problem)
-        return out.index_fill(0, rows.to(out.device), math.nan)
+
+def _finite(x: Tensor) -> Tensor:
+    """Which rows are finite, `[B]` on the CPU: NaN or infinity in any entry shows in the sum."""
+    return x.detach().flatten(1).sum(1, dtype=torch.float64).isfinite().cpu()
 
 
 @dataclass
 class _Block:
-    """The samples still under way, a row each: their places in the batch, state, time, next step, last errors, what is known at (x, t),
+    """Rows: their places in the batch, state, time, next step, last errors, what is known at (x, t), tries in a row that were not
 
-    how many tries in a row were not finite, and whether the last try failed.
+    finite, and whether the last one failed.
     """
 
     rows: Tensor
@@ -241,17 +219,70 @@ class _Block:
     h: Tensor
     before: Tensor
     first: Tensor | None
-    tries: Tensor = field(default_factory=lambda: torch.zeros(()))
-    again: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def __post_init__(self) -> None:
-        if not self.tries.ndim:
-            self.tries = torch.zeros(len(self.rows), dtype=torch.int64)
-            self.again = torch.zeros(len(self.rows), dtype=torch.bool)
+    tries: Tensor
+    again: Tensor
 
     def take(self, places: Tensor) -> _Block:
-        """These rows."""
+        """These of them."""
         there = places.to(self.x.device)
         first = None if self.first is None else self.first[there]
         rows, t, h, before, tries, again = (v[places] for v in (self.rows, self.t, self.h, self.before, self.tries, self.again))
         return _Block(rows, self.x[there], t, h, before, first, tries, again)
+
+
+class _Way:
+    """The samples under way from t to s: the first `n` of the block `b` (the rest of it is padding), asked through `part`."""
+
+    def __init__(self, solver: Controlled, oracle: Oracle, run: Run, x: Tensor, t: Tensor) -> None:
+        self.solver, self.oracle, self.run, self.out = solver, oracle, run, x
+        rows, none = torch.arange(len(x)), torch.zeros(len(x), dtype=torch.int64)
+        first, run.last = (run.last if run.x is x else None), None
+        self.b = _Block(rows, x, t.expand(len(x)), run.step, run.before, first, none, none > 0)
+        self.n, self.part = oracle.kept, oracle
+
+    def leave(self, gone: Tensor) -> bool:
+        """Go on without these, `[n]`, which end as NaN; whether there were any."""
+        if not bool(gone.any()):
+            return False
+        self.out = self.out.index_fill(0, self.b.rows[: self.n][gone].to(self.out.device), math.nan)
+        self._keep(~gone)
+        return True
+
+    def lose(self, gone: Tensor, status: Status) -> bool:
+        """The same, with a status (DONE: they are not finite); raises what it means when the oracle throws."""
+        if bool(gone.any()):
+            where = f"at t = {', '.join(f'{v:.6g}' for v in self.b.t[: self.n][gone][:4].tolist())}"
+            self.oracle.lose(
+                self.b.rows[: self.n][gone], status, _PROBLEMS[status].format(where=where, max_nfe=self.solver.max_nfe)
+            )
+        return self.leave(gone)
+
+    def arrive(self, done: Tensor) -> None:
+        """These, `[n]`, are at s."""
+        if not bool(done.any()):
+            return
+        b, run, rows, places = self.b, self.run, self.b.rows[: self.n][done], done.nonzero().flatten()
+        there, here = rows.to(b.x.device), places.to(b.x.device)
+        self.out = self.out.index_copy(0, there, b.x[here])
+        if b.first is not None:
+            run.last = (torch.zeros_like(b.x[:1]).expand(self.out.shape) if run.last is None else run.last).index_copy(
+                0, there, b.first[here]
+            )
+        run.step, run.before = run.step.index_copy(0, rows, b.h[places]), run.before.index_copy(0, rows, b.before[places])
+        self._keep(~done)
+
+    def _keep(self, stay: Tensor) -> None:
+        places = stay.nonzero().flatten()
+        self.n = len(places)
+        if self.n:
+            self.b = self.b.take(self.oracle.pad(places))
+            self.part = self.oracle.select(self.b.rows)
+
+
+_PROBLEMS = {
+    Status.DONE: "are not finite {where}: the denoiser returned NaN or infinity there, or the step overflowed; check the network at that "
+    "time, or use throw=False and read .status",
+    Status.MAX_NFE: "have used max_nfe = {max_nfe} evaluations and are {where}; loosen rtol and atol, or allow more with max_nfe=",
+    Status.MIN_STEP: "are {where}, where the error is above the tolerance in the smallest step that time resolves; loosen rtol and atol, "
+    "solve in float64, or check that the denoiser is smooth",
+}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import scipy.integrate
@@ -34,7 +35,7 @@ _FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # orders
 _SCIPY = {"RK45": 5, "RK23": 3, "DOP853": 8, "Radau": 5, "BDF": 5, "LSODA": 12}  # orders; of the last two the highest they rise to
 _SDE = {  # (sde_type, noise_type, evaluations a step, weak order, strong order)
     "euler": ("ito", "diagonal", 1, 1.0, 1.0),
-    "milstein": ("ito", "diagonal", 1, 1.0, 1.0),
+    "milstein": ("ito", "additive", 1, 1.0, 1.0),
     "srk": ("ito", "additive", 2, 2.0, 1.5),
     "heun": ("stratonovich", "diagonal", 2, 2.0, 1.0),
     "midpoint": ("stratonovich", "diagonal", 2, 2.0, 1.0),
@@ -63,22 +64,24 @@ class _Field:
     def __init__(self, oracle: Oracle, variable: Variable, x: Tensor, t: Tensor, s: Tensor, used: int, bound: float) -> None:
         self.oracle, self.variable, self.dtype = oracle, variable, x.dtype
         self.ends, self.at = (float(t), float(s)), float(t)
+        self.letters = variable.clock.at(oracle.sde, torch.stack([t, s]))  # u at the ends
         self.calls = self.settled = used  # evaluations, and those when the last step was taken or refused
         self.bound, self.again, self.over = bound, 0, False  # the bound; the calls of a backward pass, when the solve is over
         self.lost = self.of_rows(~x.isfinite())  # samples that met NaN stand still from there, and end as NaN
 
     def __call__(self, u: Tensor, y: Tensor) -> Tensor:
         oracle, (a, b) = self.oracle, self.ends
-        t = self.variable.clock.time(oracle.sde, u.detach().to("cpu", torch.float64)).clamp(min(a, b), max(a, b))
+        u = u.detach().to("cpu", torch.float64).clamp(self.letters.min(), self.letters.max())  # a guess outside may have no time
+        t = self.variable.clock.time(oracle.sde, u).clamp(min(a, b), max(a, b))
         if bool(t.isnan()):
-            raise _Stopped(Status.MIN_STEP, self.underflow())
+            self.underflow()
         self.at = float(t)
         if (self.again if self.over else self.calls) >= self.bound:
-            problem = (
-                f"the {'way back of the adjoint' if self.over else 'solve'} from t = {a:.6g} to {b:.6g} has used max_nfe = {self.bound} "
-                f"evaluations and is at t = {self.at:.6g}; loosen rtol and atol, or allow more with max_nfe="
+            self.stop(
+                Status.MAX_NFE,
+                f"the solve from t = {a:.6g} to {b:.6g} has used max_nfe = {self.bound} evaluations and is at t = {self.at:.6g}; loosen "
+                "rtol and atol, or allow more with max_nfe=",
             )
-            raise UnfinishedError(problem) if self.over else _Stopped(Status.MAX_NFE, problem)
         if self.over:  # no part of the solve, nor of its ledger
             self.again += 1
             before = dict(oracle._counts)
@@ -110,13 +113,18 @@ class _Field:
         """m at t."""
         return self.variable.scale(self.oracle.sde.alpha(t), self.oracle.sde.sigma(t))
 
-    def underflow(self) -> str:
-        """What is wrong when time no longer moves."""
-        return (
+    def underflow(self) -> NoReturn:
+        """Time no longer moves."""
+        self.stop(
+            Status.MIN_STEP,
             f"{self.library} gave up between t = {self.ends[0]:.6g} and {self.ends[1]:.6g} after {self.calls} evaluations (underflow at "
             f"t = {self.at:.6g}): its step size is too small to move time there, or is not finite; loosen rtol and atol, solve in "
-            "float64, or check that the denoiser is smooth"
+            "float64, or check that the denoiser is smooth",
         )
+
+    def stop(self, status: Status, problem: str) -> NoReturn:
+        """Give up."""
+        raise UnfinishedError(f"on the way back of an adjoint: {problem}") if self.over else _Stopped(status, problem)
 
     def finish(self, x: Tensor, y: Tensor, stopped: _Stopped | None) -> Tensor:
         """x_s of y_s, NaN for the samples lost: all of them, where the solve was stopped."""
@@ -147,13 +155,9 @@ class _Watched(_Field):
         if not self.over and bool(self.lost.any()):
             y.data.masked_fill_(self.lost, 0.0)  # what overflowed there would stop the others
         if not bool((u + du > u) & (du - u > -u)) or not (self.over or bool(y.isfinite().all())):  # it may hold -u
-            raise _Stopped(Status.MIN_STEP, self.underflow())
+            self.underflow()
 
-    def callback_step_adjoint(self, u: Tensor, y: Any, du: Tensor) -> None:
-        try:
-            self.callback_step(u, y, du)
-        except _Stopped as reason:
-            raise UnfinishedError(f"in the backward pass {reason}") from None
+    callback_step_adjoint = callback_step
 
     def callback_accept_step(self, *_: Tensor) -> None:
         self.settled = self.calls
@@ -233,7 +237,7 @@ class TorchDiffEq(_Handed):
         field = self.field(_Watched if self.adaptive else _Field, oracle, self.variable, x, t, s, state)
         if bool(field.lost.all()) and (self.adaptive or not len(x)):
             return x, state
-        u = self.variable.clock.at(oracle.sde, torch.stack([t, s])).to(x.device)
+        u = field.letters.to(x.device)
         y = x.double().masked_fill(field.lost, 0.0) / field.scale(t)
         solve: Any = odeint_adjoint if self.adjoint else odeint
         kwargs: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
@@ -245,7 +249,7 @@ class TorchDiffEq(_Handed):
             kwargs["adjoint_options"] = {"step_t": u[:1] * (u[1] - u[0]).sign()} if self.adaptive else {}
         stopped = None
         try:
-            y = solve(field, y, u, **kwargs)[-1]
+            y = y if u[0] == u[1] else solve(field, y, u, **kwargs)[-1]  # the clock may not tell neighbouring times apart
         except _Stopped as reason:
             stopped = reason
         field.over = True
@@ -296,7 +300,7 @@ class ScipyIVP(_Handed):
                 while solver.status == "running":
                     solver.step()
             if solver.status == "failed":
-                raise _Stopped(Status.MIN_STEP, field.underflow())
+                field.underflow()
             y = torch.tensor(solver.y).reshape(x.shape).to(x.device)
         except _Stopped as reason:
             stopped = reason
@@ -326,14 +330,17 @@ class _Path(BaseBrownian):
 
 
 class _Reverse:
-    """The reverse SDE as torchsde wants it, on y `[B, D]` in time -t. What was evaluated once is remembered: torchsde asks again."""
+    """The reverse SDE as torchsde wants it, on y `[B, D]` in time -t. What was evaluated is remembered: torchsde asks again."""
 
     def __init__(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, kind: tuple[Any, ...]) -> None:
         self.oracle, self.shape, self.ends = oracle, x.shape, (float(s), float(t))
         self.sde_type, self.noise_type = kind[:2]
         self.known: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.dice = ExitStack()  # closed by the first spread
         if self.noise_type == "diagonal":
-            self.g = lambda time, y: self.g_prod(time, y, torch.ones_like(y))  # an additive g would be [B, D, D]
+            self.g = lambda time, y: self.spread(time, torch.ones_like(y))
+        else:  # an additive g would be [B, D, D]: its product with a vector does
+            self.g_prod = lambda time, y, v: self.spread(time, v)
 
     def f(self, time: Tensor, y: Tensor) -> Tensor:
         """The drift."""
@@ -344,8 +351,9 @@ class _Reverse:
         self.known.append((time, y, drift))
         return drift
 
-    def g_prod(self, time: Tensor, _y: Tensor, v: Tensor) -> Tensor:
+    def spread(self, time: Tensor, v: Tensor) -> Tensor:
         """The diffusion times v."""
+        self.dice.close()
         return cast(self.oracle.sde.diffusion((-time).clamp(*self.ends)), v) * v
 
 
@@ -353,13 +361,13 @@ class _Reverse:
 class TorchSDE(StochasticSolver):
     """A method of torchsde on the reverse SDE dx = (f x - g^2 score) dt + g dw: euler, milstein, srk, heun, midpoint or reversible_heun.
 
-    One step of it an interval of the grid, on the noise of this library: the same path as `EulerMaruyama` or `SRA3` with the same seeds.
-    g depends on t alone, so that Ito and Stratonovich are one: milstein is euler (weak order 1, strong order 1), srk is Rossler's SRA1
-    (2, 1.5), heun, midpoint and reversible_heun have (2, 1). Evaluations a step: 1, 1, 2, 2, 2, 1 (and one to start). reversible_heun
-    retraces a *forward* path; the generative SDE is another equation with noise of its own, which this solver integrates: it does not
-    turn a path back. Its second copy of the state is an undamped mode: of these it wants the shortest steps. No adaptive=True, whose one
-    error is the whole batch's: `AdaptiveSDE` chooses steps a sample. Li et al. 2020 (AISTATS); Kidger et al. 2021 (NeurIPS) for
-    reversible_heun; Rossler 2010 (SIAM J. Numer. Anal. 48) for srk.
+    One step of it an interval of the grid, on the Brownian path of the seed. g depends on t alone, so that Ito and Stratonovich are one:
+    (weak, strong) orders are (1, 1) of euler and milstein, which is euler then, (2, 1.5) of srk, Rossler's SRA1, and (2, 1) of heun,
+    midpoint and reversible_heun; evaluations a step 1, 1, 2, 2, 2 and 1 (one more to start). reversible_heun's second copy of the state
+    is a mode that grows as the equation contracts: at 400 steps fair under VP, useless under VE and EDM. It retraces a *forward* path;
+    the generative SDE is another equation with noise of its own, which this solver integrates: it does not turn a path back. No
+    adaptive=True, whose one error is the whole batch's: `AdaptiveSDE` chooses steps a sample. Li et al. 2020 (AISTATS); Kidger et al.
+    2021 (NeurIPS) for reversible_heun; Rossler 2010 (SIAM J. Numer. Anal. 48) for srk.
     """
 
     method: str = "euler"
@@ -389,8 +397,12 @@ class TorchSDE(StochasticSolver):
             last, (drift, spread, z) = state
             extra = (drift, spread, z if last is x else z + (y - last.flatten(1)))  # someone moved x: both copies go
             reverse.known.append((span[0], y, drift))  # only torchsde's check of shapes asks for it
-        ys, extra = sdeint(
-            reverse, y, span, bm=_Path(oracle, x), method=self.method, dt=2 * (t - s), extra=True, extra_solver_state=extra
-        )  # dt: anything above t - s is one step to s itself
+        bm, dt = _Path(oracle, x), 2 * (t - s)  # anything above t - s is one step to s itself
+        with reverse.dice as dice:
+            if reverse.noise_type == "additive":  # to check shapes torchsde draws a v from the global generator
+                reverse.f(span[0], y)
+                dice.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
+            ys, extra = sdeint(reverse, y, span, bm=bm, method=self.method, dt=dt, extra=True, extra_solver_state=extra)
+        reverse.known.clear()  # torchsde's objects are circles: the tensors need not wait for the collector
         x = ys[-1].reshape(x.shape)
         return x, ((x, extra) if self.past else None)

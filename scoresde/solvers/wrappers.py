@@ -29,7 +29,9 @@ def _cut(solver: Any) -> Solver:
     if not isinstance(solver, Solver):
         raise TypeError(f"solver is {solver!r}; wanted a Solver, as in Heun()")
     if solver.brownian:
-        raise ValueError(f"{solver!r} is driven by one Brownian path, which cannot be crossed twice; wanted a solver with fresh noise")
+        raise ValueError(
+            f"{solver!r} is driven by one Brownian path, which cannot be crossed twice; wanted a solver with fresh noise"
+        )
     pieces = solver.in_pieces()
     wrong = [n for n in range(2, 41) if not pieces.adaptive and pieces.evaluations(n) != n * pieces.evaluations(1)]
     if wrong:
