@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
@@ -49,11 +50,7 @@ def _check_method(method: Any, known: dict[str, Any]) -> None:
 
 
 class _Stopped(Exception):
-    """The solve cannot go on: the status of its samples and why."""
-
-    def __init__(self, status: Status, problem: str) -> None:
-        super().__init__(problem)
-        self.status = status
+    """The solve cannot go on: (the status of its samples, why)."""
 
 
 class _Field:
@@ -126,13 +123,19 @@ class _Field:
         """Give up."""
         raise UnfinishedError(f"on the way back of an adjoint: {problem}") if self.over else _Stopped(status, problem)
 
-    def finish(self, x: Tensor, y: Tensor, stopped: _Stopped | None) -> Tensor:
-        """x_s of y_s, NaN for the samples lost: all of them, where the solve was stopped."""
-        if stopped is not None:
-            rows = (~self.lost).flatten().nonzero().flatten().cpu()
-            self.oracle.lose(rows, stopped.status, f"are unfinished: {stopped}")
-            return torch.full_like(x, math.nan)
-        return (self.scale(torch.tensor(self.ends[1], dtype=torch.float64)) * y).to(x.dtype).masked_fill(self.lost, math.nan)
+    def run(self, x: Tensor, solve: Callable[[], Tensor]) -> tuple[Tensor, int]:
+        """x_s of the y_s that a solve returns, NaN for the samples lost, and the evaluations so far."""
+        y, why = x, ()
+        try:
+            y = solve()
+        except _Stopped as stopped:
+            why = stopped.args
+        self.over = True
+        if why:
+            self.oracle.lose((~self.lost).flatten().nonzero().flatten().cpu(), why[0], f"are unfinished: {why[1]}")
+            return torch.full_like(x, math.nan), self.calls
+        y = self.scale(torch.tensor(self.ends[1], dtype=torch.float64)) * y
+        return y.to(x.dtype).masked_fill(self.lost, math.nan), self.calls
 
     @staticmethod
     def of_rows(where: Tensor) -> Tensor:
@@ -213,8 +216,7 @@ class TorchDiffEq(_Handed):
     independent. max_nfe bounds the evaluations of a solve of the batch, and the smallest step is that which moves float64 time:
     UnfinishedError, or a negative status; a fixed-step method needs neither. NonFiniteError names the samples and t. The state is float64
     inside. adjoint: gradients of x and of the parameters that the denoiser's modules hold by a second solve, back in time, in constant
-    memory (first derivatives; exact as the tolerances are; it may use max_nfe evaluations an interval, which are not counted).
-    Chen et al. 2018 (NeurIPS); Dormand & Prince 1980 for dopri5.
+    memory (first derivatives, exact as the tolerances are; up to max_nfe evaluations an interval, not counted). Chen et al. 2018 (NeurIPS).
     """
 
     method: str = "dopri5"
@@ -247,15 +249,11 @@ class TorchDiffEq(_Handed):
             kwargs["adjoint_params"] = tuple(p for p in oracle.denoiser.parameters() if p.requires_grad)
             # on the way back the end is t, in the time in which it went forward: -u where u falls
             kwargs["adjoint_options"] = {"step_t": u[:1] * (u[1] - u[0]).sign()} if self.adaptive else {}
-        stopped = None
-        try:
-            y = y if u[0] == u[1] else solve(field, y, u, **kwargs)[-1]  # the clock may not tell neighbouring times apart
-        except _Stopped as reason:
-            stopped = reason
-        field.over = True
-        if y.requires_grad:
-            y.register_hook(lambda _: setattr(field, "again", 0))  # a way back begins
-        return field.finish(x, y, stopped), field.calls
+        # the clock may not tell neighbouring times apart
+        x, used = field.run(x, lambda: y if u[0] == u[1] else solve(field, y, u, **kwargs)[-1])
+        if x.requires_grad:
+            x.register_hook(lambda _: setattr(field, "again", 0))  # a way back begins
+        return x, used
 
 
 @dataclass(frozen=True)
@@ -290,21 +288,18 @@ class ScipyIVP(_Handed):
             with torch.no_grad():  # a copy of y, which is scipy's to write into
                 return field(at, torch.tensor(y).reshape(x.shape).to(x.device)).flatten().cpu().numpy()
 
-        y, stopped = x.detach().double().masked_fill(field.lost, 0.0), None
-        try:
+        def solve() -> Tensor:
+            y = x.detach().double().masked_fill(field.lost, 0.0).flatten().cpu().numpy()
             with warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.filterwarnings("ignore", module=r"scipy\.")  # it says in words what becomes an error here
-                solver = getattr(scipy.integrate, self.method)(
-                    fun, field.ends[0], y.flatten().cpu().numpy(), field.ends[1], rtol=self.rtol, atol=self.atol
-                )
+                solver = getattr(scipy.integrate, self.method)(fun, field.ends[0], y, field.ends[1], rtol=self.rtol, atol=self.atol)
                 while solver.status == "running":
                     solver.step()
             if solver.status == "failed":
                 field.underflow()
-            y = torch.tensor(solver.y).reshape(x.shape).to(x.device)
-        except _Stopped as reason:
-            stopped = reason
-        return field.finish(x, y, stopped), field.calls
+            return torch.tensor(solver.y).reshape(x.shape).to(x.device)
+
+        return field.run(x, solve)
 
 
 class _Path(BaseBrownian):
@@ -325,8 +320,7 @@ class _Path(BaseBrownian):
         w, u = (part.flatten(1) for part in self.oracle.noise.pair(self.x, -ta, -tb))
         return (w, u) if return_U else w
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}{self.shape}"
+    __repr__ = object.__repr__
 
 
 class _Reverse:
