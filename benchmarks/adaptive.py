@@ -653,6 +653,24 @@ def report(cells: Cells) -> Iterator[str]:
     yield f"\nwithout a number: {'; '.join(bad) or 'none'}"
 
 
+PAGE = (  # what docs/adaptive.md shows
+    "Ours over the peer's NFE", "Error over the tolerance", "One stiff sample", "Frozen:", "AdaptiveSDE on",
+)  # fmt: skip
+
+
+def page(cells: Cells) -> str:
+    """The tables of docs/adaptive.md, with their titles."""
+    lines, made = list(report(cells)), []
+    for title, table in itertools.pairwise(lines):
+        if title.strip().startswith(PAGE):
+            made += [title.strip() + ":", table]
+    head = cells.head
+    told = (
+        f"{lines[0]}. Rows: {', '.join(f'{n} of {k}' for k, n in head['rows'].items())}; seeds of set B, those of a pilot of set A."
+    )
+    return "\n\n".join([told, *made])
+
+
 LINES = {  # colour, line, marker
     "Dopri5": (0, "-", "o"), "TorchDiffEq dopri5": (0, "--", ""), "ScipyIVP RK45": (6, ":", ""), "Dopri8": (1, "-", "s"),
     "TorchDiffEq dopri8": (1, "--", ""), "DPMAdaptive(3)": (2, "-", "^"), "k-diffusion dpm_adaptive(3)": (2, "--", ""),
@@ -713,6 +731,10 @@ def main() -> None:
             raise
     for line in report(cells):
         print(line)
+    sys.path.insert(0, str(ROOT / "docs"))
+    import markers
+
+    markers.fill(ROOT / "docs/adaptive.md", "adaptive", page(cells))
     draw(cells, FIGURE)
 
 

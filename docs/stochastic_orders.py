@@ -29,8 +29,8 @@ def row(solver: laws.solvers.StochasticSolver) -> str:
 def table() -> str:
     """A row a stochastic solver of the tests."""
     lines = [
-        "| solver | weak | strong | evaluations of 10 steps | weak slope, VP VE EDM | error of the deviation at 1,000 steps, %, VP VE EDM | "
-        "strong slope |",
+        "| solver | weak | strong | evaluations of 10 steps | weak slope, VP VE EDM "
+        "| error of the deviation at 1,000 steps, %, VP VE EDM | strong slope |",
         "|---|---|---|---|---|---|---|",
     ]
     for solver in laws.STOCHASTIC:

@@ -69,9 +69,10 @@ class Denoiser(nn.Module, ABC):
         """The same denoiser for these rows of the batch: itself, unless it holds per-sample tensors."""
         return self
 
-    def error_scale(self, t: Tensor) -> Tensor:
-        """Size of x at times t `[B, 1, ..., 1]`, of which an adaptive solver's atol is a part: alpha + sigma."""
-        return self.sde.alpha(t) + self.sde.sigma(t)
+    def tolerance(self, size: Tensor, t: Tensor, rtol: float, atol: float) -> Tensor:
+        """What an adaptive solver allows of an error in x at times t `[B, 1, ..., 1]`, size = |x|: rtol |x| + atol (alpha + sigma)."""
+        allowed = atol * (self.sde.alpha(t) + self.sde.sigma(t)).to(size) + rtol * size
+        return allowed.clamp(min=torch.finfo(size.dtype).tiny)
 
     def error_norm(self, ratio: Tensor) -> Tensor:
         """Size `[B]` of an error over its tolerance, of the shape of x: what an adaptive solver keeps below 1. Root mean square."""

@@ -13,7 +13,21 @@ from .denoiser import Denoiser, check_denoiser
 __all__ = ["Clipped", "Thresholded"]
 
 
-class Clipped(Denoiser):
+class _Around(Denoiser):
+    """A wrapper of `denoiser`, whose tolerance and error norm it keeps."""
+
+    denoiser: Denoiser
+
+    def tolerance(self, size: Tensor, t: Tensor, rtol: float, atol: float) -> Tensor:
+        """The wrapped denoiser's."""
+        return self.denoiser.tolerance(size, t, rtol, atol)
+
+    def error_norm(self, ratio: Tensor) -> Tensor:
+        """The wrapped denoiser's."""
+        return self.denoiser.error_norm(ratio)
+
+
+class Clipped(_Around):
     """x0 clamped to [low, high], the range of the data: static thresholding. Ho et al. 2020 (NeurIPS), section 3.2 as released.
 
     It moves the mean of a noisy state, so it biases a law that touches the bounds; a `log_prob` is that of the clipped flow.
@@ -37,7 +51,7 @@ class Clipped(Denoiser):
         return Clipped(self.denoiser.select(index), self.low, self.high)
 
 
-class Thresholded(Denoiser):
+class Thresholded(_Around):
     """x0 clamped to [-s, s] and scaled by bound / s: dynamic thresholding. Saharia et al. 2022 (Imagen, NeurIPS), section 2.3.
 
     s is the larger of `bound` and the `quantile` of |x0| over the entries of the sample itself. For guided images in [-bound, bound].

@@ -82,16 +82,18 @@ class Augmented(Denoiser):
                 self.batched = False
         return torch.stack([back(v)[0] for v in vectors])
 
-    def error_scale(self, t: Tensor) -> Tensor:
-        """That of x; of an l-channel w alpha, so that atol is in nats."""
-        alpha, sigma = (c.reshape(-1, 1) for c in (self.sde.alpha(t), self.sde.sigma(t)))
-        d, k = self.shape.numel(), max(1, self.probes)
-        return torch.cat([(alpha + sigma).expand(-1, d), (self.weight * alpha).expand(-1, k)], 1)
+    def tolerance(self, size: Tensor, t: Tensor, rtol: float, atol: float) -> Tensor:
+        """That of x times sigma / (alpha + sigma): log p is as steep as 1 / sigma. Of an l-channel in nats, its scale w alpha taken out."""
+        d, shape = self.shape.numel(), (-1, *[1] * len(self.shape))
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        x = self.denoiser.tolerance(size[:, :d].reshape(-1, *self.shape), t.reshape(shape), rtol, atol).flatten(1)
+        channels = atol * (self.weight * alpha).to(size) + rtol * size[:, d:]
+        return torch.cat([x * (sigma / (alpha + sigma)).to(size), channels], 1)
 
     def error_norm(self, ratio: Tensor) -> Tensor:
         """The larger of that of x and that of the l-channels, which would drown among D others in one mean."""
         d = self.shape.numel()
-        return torch.maximum(super().error_norm(ratio[:, :d]), super().error_norm(ratio[:, d:]))
+        return torch.maximum(self.denoiser.error_norm(ratio[:, :d].reshape(-1, *self.shape)), super().error_norm(ratio[:, d:]))
 
     def select(self, index: Any) -> Augmented:
         """These rows, with their own probes."""
@@ -158,7 +160,7 @@ def log_prob(
         start = torch.cat([x.flatten(1), x.new_zeros(len(x), max(1, k))], 1)
         solution = solve(
             denoiser, start, solver, times, noise, microbatch, throw=throw, seeds=kept,
-            wrap=lambda part, source: Augmented(part, shape, k, chunk, source, fresh=not solver.adaptive),
+            wrap=lambda part, source: Augmented(part, shape, k, chunk, source, fresh=not (solver.adaptive or solver.replays)),
         )  # fmt: skip
         a, b = sde.alpha(times[0]), sde.alpha(times[-1])
         latent = solution.x[:, :d].reshape(x.shape)

@@ -12,7 +12,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -33,8 +33,10 @@ class Noise(ABC):
     """A source of randomness: the start, the noise of a step, and whatever else one solve draws.
 
     x is the state `[B, *shape]`; t and s are times, () or `[B, 1, ..., 1]`; results have the dtype and device of x. The same
-    call again gives fresh draws, except that a Brownian path is one path for ever. A stream is one of the constants above.
+    call again gives fresh draws, except that a Brownian path is one path for ever (`path`). A stream is one of the constants above.
     """
+
+    path: ClassVar[bool] = False
 
     @abstractmethod
     def draw(self, x: Tensor, stream: int) -> Tensor:
@@ -169,6 +171,8 @@ class _Brownian(_Seeded):
 
     H = 1/h int (W_u - W_a - (u - a) / h W) du ~ N(0, h / 12), independent of W, and int (W_u - W_a) du = h (W / 2 + H).
     """
+
+    path = True
 
     def __init__(self, key: Tensor, low: float, high: float):
         super().__init__(key)

@@ -58,6 +58,7 @@ class Oracle:
         self._recorder, self._hook = self.record, self._on_forward  # this oracle's, in its selections too
         self._marks: list[Tensor] = []
         self._lost = torch.zeros(rows, dtype=torch.int64)
+        self._began = torch.zeros(rows, dtype=torch.int64)  # nfe when the trajectory began
         slack = _ROUNDING * self.sde.t_max
         self._span = (self.sde.t_min - slack, self.sde.t_max + slack)
 
@@ -133,8 +134,14 @@ class Oracle:
         return rows if self._rows is None else self._rows[rows]
 
     def spent(self, rows: Tensor) -> Tensor:
-        """Evaluations of these rows so far, like rows."""
-        return self._each[self._whole(rows)] + self._calls[0]
+        """Evaluations of these rows since the trajectory began, like rows."""
+        rows = self._whole(rows)
+        return self._each[rows] + self._calls[0] - self._began[rows]
+
+    @property
+    def lost(self) -> Tensor:
+        """Which rows were given up, `[B]` on the CPU."""
+        return self._lost != 0
 
     # --- counting ---------------------------------------------------------------------------------------------------------
     def record(self, name: str, amount: float) -> None:
@@ -198,6 +205,8 @@ class Oracle:
         if x.shape[0] != self._size and self._rows is None:
             raise ValueError(f"x has {len(x)} rows, the oracle was made for {self._size}: Oracle(denoiser, {len(x)}, noise)")
         self._marks.clear()
+        self._lost.zero_()
+        self._began = self.nfe
 
     # --- watching ---------------------------------------------------------------------------------------------------------
     def watch(self, x: Tensor) -> None:
@@ -206,26 +215,25 @@ class Oracle:
         self._marks.append((x if x.ndim == 2 else x.flatten(1)).sum(1))
 
     def status(self) -> Tensor:
-        """`[B]` int64 on the CPU: 0 for a finite sample, a negative `Status` for one given up (`lose`), else the number (from 1) of
+        """`[B]` int64 on the CPU: 0 for a finite sample, else the number (from 1) of the first step that left it non-finite, or a
 
-        the first step that left it non-finite.
+        negative `Status` of one given up (`lose`).
         """
         marks = torch.stack(self._marks) if self._marks else torch.zeros(1, self._size)
         if math.isfinite(float(marks.sum())):
             return self._lost.clone()
         bad = ~marks.isfinite().cpu()
-        return torch.where(self._lost < 0, self._lost, torch.where(bad.any(0), bad.int().argmax(0) + 1, 0))
+        return torch.where(self.lost, self._lost, torch.where(bad.any(0), bad.int().argmax(0) + 1, 0))
 
     def lose(self, rows: Tensor, status: Status, problem: str) -> None:
         """Give these rows up with a status; raises what it means when the oracle throws: `problem` says where they are and the mend.
 
-        Status.DONE is for rows that met NaN, which `watch` finds by itself. The solver leaves NaN in all of them.
+        Status.DONE is for rows that met NaN. The solver leaves NaN in all of them.
         """
         if self.throw:
             error = UnfinishedError if status else NonFiniteError
             raise error(f"{self._who(self.names[rows])} {problem}")
-        if status:
-            self._lost[self._whole(rows)] = int(status)
+        self._lost[self._whole(rows)] = int(status) or len(self._marks) + 1  # the step under way
 
     def _who(self, names: Tensor) -> str:
         names, everyone = names.unique(), self.names.unique()  # padding repeats a row

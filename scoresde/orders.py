@@ -64,6 +64,8 @@ def slopes(steps: Sequence[int], errors: Sequence[float]) -> list[float]:
 class _Impulses(Noise):
     """Noise that is 0 but for one unit entry a row: row first + k feels entry k of all that is drawn; the last three rows feel all."""
 
+    path = True  # as good as one: each draw is felt by a row of its own
+
     def __init__(self, first: int) -> None:
         self.first, self.drawn = first, 0
 

@@ -26,7 +26,7 @@ __all__ = ["Frozen", "FrozenGrid", "freeze"]
 _NODES = 4096  # at most, of the times reached, at which the mean number of steps taken is kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrozenGrid:
     """A grid rule (sde, n) -> times with the density of steps of a pilot: n steps hold equal parts of it. For the pilot's SDE alone."""
 
@@ -47,7 +47,7 @@ class FrozenGrid:
         return check_times(torch.cat([ends[:1], self.clock.time(sde, w), ends[1:]]), sde)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frozen:
     """What `freeze` makes of an adaptive run: `sample(denoiser, shape, frozen.solver, times=frozen.times)` repeats it on fixed steps.
 
@@ -126,9 +126,10 @@ def freeze(
     best = 0
     if len(choices) > 1:  # the pilot itself would not do: its error is its own single steps'
         least = 16 * torch.finfo(pilot.x.dtype).eps
-        finer = replace(solver, rtol=max(solver.rtol / 10, least), atol=max(solver.atol / 10, least))
-        truth = run(finer, seeds=pilot.seeds).x
+        finer = replace(solver, rtol=max(solver.rtol / 10, least), atol=max(solver.atol / 10, least), max_nfe=100 * solver.max_nfe)
+        truth = run(finer, seeds=pilot.seeds, throw=False)
+        fine = truth.status == 0
         ends_at = [run(choice, times=times, seeds=pilot.seeds, throw=False).x for choice, times in zip(choices, grids, strict=True)]
-        far = [float((end - truth).double().square().sum()) for end in ends_at]
+        far = [float((end - truth.x)[fine].double().square().sum()) for end in ends_at]
         best = min(range(len(choices)), key=lambda k: far[k] if math.isfinite(far[k]) else math.inf)
-    return Frozen(choices[best], grid, grids[best], pilot)
+    return Frozen(choices[best], grid, grids[best], replace(pilot, solver=solver))

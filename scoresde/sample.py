@@ -44,6 +44,11 @@ def _steps(oracle: Oracle, solver: Solver, x: Tensor, times: Tensor) -> Iterator
         raise ValueError(f"{solver!r} is stochastic and runs down in time; a deterministic solver can run up")
     check_state(x)
     oracle.begin(x)
+    if solver.brownian and oracle.noise and not oracle.noise.path:
+        raise ValueError(
+            f"{solver!r} is driven by one Brownian path a sample and the noise is {type(oracle.noise).__name__.strip('_')}; wanted "
+            "noise.brownian(seeds, sde.t_min, sde.t_max)"
+        )
     state = solver.start(oracle.sde, times)
     shape, dtype, step, watch = x.shape, x.dtype, solver.step, oracle.watch
     yield times[0], x
@@ -211,9 +216,16 @@ def solve(
             last = x.clone() if whole else x[index.to(x.device)]  # its own: a solver may write into it
             for _, state in _steps(oracle, solver, last, times):
                 last = state
-            if finish is not None:
+            if finish is not None and not bool(oracle.lost.any()):
                 last = finish(oracle, last, times[-1])
                 oracle.watch(last)
+            elif finish is not None:  # nothing is asked of the samples given up
+                going = (~oracle.lost[:kept]).nonzero().flatten()
+                if len(going):
+                    rows_on, there = oracle.pad(going), going.to(last.device)
+                    found = finish(oracle.select(rows_on), last[rows_on.to(last.device)], times[-1])
+                    last = last.index_copy(0, there, found[: len(going)])
+                    oracle.watch(last)
             status = oracle.check(times)
         parts.append((last, oracle.nfe, status) if kept == size else (last[:kept], oracle.nfe[:kept], status[:kept]))
         for name, amount in oracle.ledger.items():

@@ -207,4 +207,4 @@ class Rectified(LinearSDE):
 
     def time(self, logsnr: Tensor) -> Tensor:
         """1 / (1 + e^(logsnr/2))."""
-        return torch.sigmoid(-logsnr / 2)
+        return 1 / (1 + torch.exp(logsnr / 2))

@@ -99,13 +99,13 @@ class _Snr(Clock):
 
 class _Tau(Clock):
     def of_lam(self, lam: Tensor) -> Tensor:
-        return torch.sigmoid(-lam)
+        return 1 / (1 + torch.exp(lam))  # torch.sigmoid rounds by an element's place in the tensor
 
     def to_lam(self, w: Tensor) -> Tensor:
         return -torch.logit(w)
 
     def rate(self, lam: Tensor) -> Tensor:
-        return -torch.sigmoid(lam) * torch.sigmoid(-lam)
+        return -self.of_lam(lam) * self.of_lam(-lam)
 
 
 @dataclass(frozen=True, eq=False)

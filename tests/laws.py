@@ -102,6 +102,8 @@ VARIANTS = {
     ],
     "SEEDS": [dict(degree=1), dict(degree=2), dict(degree=3), dict(degree=2, tau=0.5)],
     "StochasticHeun": [dict(), dict(tau=0.5)],
+    "TorchDiffEq": [dict(), dict(method="rk4", variable=variables.velocity)],
+    "TorchSDE": [dict(method="euler"), dict(method="srk")],
     "UniPC": [
         dict(order=1), dict(order=2), dict(order=3), dict(order=4), dict(order=2, weights=solvers.bh1),
         dict(order=3, weights=solvers.exact), dict(order=3, variable=variables.eps),

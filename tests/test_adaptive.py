@@ -191,7 +191,7 @@ def test_alone_as_in_a_batch_with_a_stiff_mate(solver):
     assert torch.equal(mixed.nfe_each, batch.nfe_each[order])
     free = s.sample(Stiff(rate), (7, 3), solver, seeds=seeds, dtype=D)
     assert torch.equal(free.nfe_each, batch.nfe_each)
-    assert (free.x - batch.x).abs().max() < 1e-12
+    assert (free.x - batch.x).abs().max() < 1e-9  # rounding, which the stiff rows stretch
 
 
 def test_those_that_are_done_leave_the_batch():
@@ -342,7 +342,8 @@ def test_max_nfe_is_of_the_solve_and_of_the_sample():
         assert 290 <= found.nfe_each[1] <= 300
         assert found.x[1].isnan().all()
         with pytest.raises(
-            s.UnfinishedError, match=r"samples \[1\] \(1 of 3\) have used max_nfe = 300 evaluations and are at t = 0\.\d+; loosen"
+            s.UnfinishedError,
+            match=r"samples \[1\] \(1 of 3\) have no evaluations for another step within max_nfe = 300 and are at t = 0\.\d+; loosen",
         ):
             s.sample(Stiff(rate), (3, 2), Dopri5(max_nfe=300), seeds=range(3), dtype=D, times=grid, denoise=False)
 
@@ -458,7 +459,9 @@ def test_the_law_of_adaptive_sde(name, d):
 
 
 class Anew(s.noise.Noise):
-    """Fresh noise whenever it is asked for, as if there were no path."""
+    """Fresh noise whenever it is asked for, and no path, whatever it says."""
+
+    path = True
 
     def __init__(self, seeds):
         self.source = seeded(seeds)
@@ -537,7 +540,7 @@ def test_a_frozen_grid_is_as_good_on_fresh_noise(name, solver):
 def test_a_frozen_grid_is_a_grid():
     law = mixture(VP)
     frozen = s.freeze(law, (16, 2), seeds=range(16))
-    assert frozen.pilot.solver.inner == Dopri5()
+    assert frozen.pilot.solver == Dopri5()
     for n in (1, 2, 7, 500):
         times = frozen.grid(VP, n)
         assert len(times) == n + 1

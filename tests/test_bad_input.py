@@ -401,6 +401,8 @@ CASES = [
     ("Adaptive of a multistep", lambda: s.Adaptive(s.UniPC(3)), F, r"wanted a single-step solver with an embedded lower order: Heun\(\)"),
     ("Adaptive of no lower", lambda: s.Adaptive(s.RK4()), F, r"wanted a single-step solver with an embedded lower order"),
     ("lower of the wrong length", lambda: s.solvers.Tableau(2, (0.0, 1.0), shares=((1.0,), (0.5, 0.5)), lower=(1.0,)), V, r"lower is \(1.0,\); wanted 2 or 3"),
+    ("lower the row itself", lambda: s.solvers.Tableau(2, (0.0, 0.5), ((0,), (1,)), lower=(1,)), V, r"the row of the end itself: the error would"),
+    ("AdaptiveSDE on no path", lambda: list(s.trajectory(s.Oracle(MIX, 4, s.noise.seeded(range(4))), s.AdaptiveSDE(), X, TIMES)), V, r"wanted noise.brownian"),
     ("lower through what is not", lambda: s.solvers.Tableau(2, (0.0, 0.5), ((0,), (1,)), lower=(2,)), V, r"lower is \(2,\); wanted .* some of 0 to 1"),
     ("AdaptiveSDE, up", lambda: encode(X, s.AdaptiveSDE()), F, r"is stochastic and has no inverse and no density"),
     ("AdaptiveSDE crossed twice", lambda: s.Restart(s.AdaptiveSDE(), [(0.1, 1.0, 2, 1)]), V, r"one Brownian path, which cannot be crossed twice"),

@@ -55,8 +55,31 @@ def T(value):
     return torch.tensor(value, dtype=D)
 
 
+class Normal(Gaussian):
+    """The Gaussian, its mean by one matrix: many evaluations are made here."""
+
+    def __init__(self, sde):
+        super().__init__(sde, MEAN, covariance=COVARIANCE)
+        self.values, self.vectors = torch.linalg.eigh(COVARIANCE)
+
+    def forward(self, x, t):
+        a, s = self.sde.alpha(t), self.sde.sigma(t)
+        gain = (self.vectors * (a * self.values / (a * a * self.values + s * s))) @ self.vectors.T
+        return (MEAN - a * MEAN @ gain).to(x.dtype) + x @ gain.to(x.dtype)
+
+
+@functools.cache
 def law(sde=None):
-    return Gaussian(sde or VP(), MEAN, covariance=COVARIANCE)
+    return Normal(sde or VP())
+
+
+def test_the_quick_gaussian_is_the_gaussian():
+    for name in ("VP", "EDM"):
+        sde, x = SDES[name], start(5)
+        for t in (sde.t_min, 0.4, sde.t_max):
+            exact = Gaussian(sde, MEAN, covariance=COVARIANCE)(x, T(t))
+            assert (law(sde)(x, T(t)) - exact).abs().max() < 1e-13 * (1 + float(x.abs().max()))
+            assert (law(sde)(x.float(), T(t)) - exact).abs().max() < 1e-6 * (1 + float(x.abs().max()))
 
 
 def spread(sde, t):
@@ -103,10 +126,10 @@ class Sick(s.Denoiser):
 
 
 def flows():
-    adaptive = [TorchDiffEq(m, rtol=1e-4, atol=1e-4) for m in ADAPTIVE] + [ScipyIVP(m, rtol=1e-4, atol=1e-4) for m in IVPS]
-    others = [TorchDiffEq(variable=v, rtol=1e-4, atol=1e-4) for v in VARIABLES[1:]] + [
-        TorchDiffEq(rtol=1e-4, atol=1e-4, adjoint=True)
-    ]
+    rough = {"rtol": 1e-3, "atol": 1e-3}
+    adaptive = [TorchDiffEq(m, **rough) for m in ADAPTIVE[:3]] + [ScipyIVP(m, **rough) for m in IVPS]
+    adaptive += [TorchDiffEq(m, rtol=1e-2, atol=1e-2) for m in ADAPTIVE[3:]]
+    others = [TorchDiffEq(variable=v, **rough) for v in VARIABLES[1:]] + [TorchDiffEq(adjoint=True, **rough)]
     return adaptive + others + [TorchDiffEq(m) for m in FIXED] + [TorchDiffEq("rk4", variable=variables.eps, adjoint=True)]
 
 
@@ -114,7 +137,7 @@ EVERY = [*flows(), *(TorchSDE(m) for m in METHODS)]
 CONTROLLED = [solver for solver in EVERY if solver.adaptive]
 
 
-def budget(solver, steps=12):
+def budget(solver, steps=10):
     return {} if solver.adaptive else {"steps": steps}
 
 
@@ -304,7 +327,7 @@ def test_c7_no_dense_diffusion_matrix(method, monkeypatch):
 EXACT = [
     *(TorchDiffEq(m, 1e-8, 1e-8) for m in ADAPTIVE[:2]),
     TorchDiffEq("bosh3", 1e-6, 1e-6),
-    *(TorchDiffEq(variable=v, rtol=1e-8, atol=1e-8) for v in (variables.x0, variables.v)),
+    *(TorchDiffEq(variable=v, rtol=1e-8, atol=1e-8) for v in (variables.velocity, variables.v)),
     TorchDiffEq("dopri5", 1e-8, 1e-8, adjoint=True),
     *(ScipyIVP(m, 1e-8, 1e-8) for m in ("RK45", "DOP853", "LSODA")),
 ]
@@ -400,7 +423,7 @@ def test_the_schedule_is_known_through_rho_alone_in_the_other_variables():
 
 
 # --- the reverse SDE -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "milstein"])
 def test_the_law_of_the_reverse_sde_is_the_gaussian(method):
     """4,000 samples: mean and covariance within 5 sigma; without Monte Carlo, at 128 steps, to the order of the method."""
     sde, solver, n = VP(), TorchSDE(method), 4000
@@ -428,15 +451,15 @@ def fine_paths():
     return on_path(law(PATHS), SRA3(), start(60, PATHS), torch.linspace(PATHS.t_max, PATHS.t_min, 513, dtype=D), range(60))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "milstein"])  # which is euler, below
 def test_the_paths_are_those_of_sra3_in_the_limit(method):
     """One Brownian path a sample, one strong solution; the orders along it are as stated, srk's a Gaussian's linear score improves."""
     x, errors, order = start(60, PATHS), [], TorchSDE(method).strong_order
-    for n in (16, 128):
+    for n in (32, 256):
         times = torch.linspace(PATHS.t_max, PATHS.t_min, n + 1, dtype=D)
         errors.append(float((on_path(law(PATHS), TorchSDE(method), x, times, range(60)) - fine_paths()).square().mean().sqrt()))
     assert errors[1] < (2e-2 if order == 1 else 1e-4)
-    assert -0.25 < slopes((16, 128), errors)[0] - order < (0.25 if order == 1 else 0.75), errors
+    assert -0.25 < slopes((32, 256), errors)[0] - order < (0.25 if order == 1 else 0.75), errors
 
 
 def test_one_rule_one_number():
@@ -519,7 +542,7 @@ def network(width=8, dim=2):
         def forward(self, x, c):
             return self.net(torch.cat([x, c[:, None]], 1))
 
-    return Preconditioned(Net(), VP(t_min=0.05))
+    return Preconditioned(Net(), VP(t_min=0.2))
 
 
 def end_of(denoiser, solver, x, times):
@@ -536,7 +559,7 @@ def check_close(found, wanted, bound):
         assert (a - b).abs().max() <= bound * b.abs().max() + 1e-12
 
 
-@pytest.mark.parametrize("times", [T([1.0, 0.05]), T([0.05, 0.4, 1.0])], ids=["down", "up in two"])
+@pytest.mark.parametrize("times", [T([1.0, 0.2]), T([0.2, 0.5, 1.0])], ids=["down", "up in two"])
 @pytest.mark.parametrize("variable", [variables.time, variables.v], ids=repr)
 def test_the_adjoint_of_a_trajectory_is_its_gradient(variable, times):
     """x and parameters, to 1e-6 of the largest of each, at a tolerance of 1e-9; the same evaluations as without, and no more after."""
@@ -560,7 +583,7 @@ def test_the_adjoint_of_a_log_prob_is_its_gradient(probes):
     denoiser, x = network(), torch.randn(3, 2, dtype=D, generator=torch.Generator().manual_seed(3)).requires_grad_()
     found = []
     for adjoint in (True, False):
-        solver = TorchDiffEq("dopri5", 1e-9, 1e-9, adjoint=adjoint)
+        solver = TorchDiffEq("dopri5", 1e-8, 1e-8, adjoint=adjoint)
         value = s.log_prob(denoiser, x, solver, probes=probes, seeds=range(3))
         nfe = value.nfe, dict(value.ledger)
         found.append([value.value, *gradients(value.value.sum(), x, denoiser)])
@@ -572,7 +595,7 @@ def test_gradcheck_of_the_adjoint():
     denoiser = network(3)
     x = torch.randn(2, 2, dtype=D, generator=torch.Generator().manual_seed(5)).requires_grad_()
     for solver in (TorchDiffEq("dopri5", 1e-9, 1e-9, adjoint=True), TorchDiffEq("rk4", variable=variables.v)):
-        times = T([0.8, 0.2]) if solver.adaptive else grid.logsnr(denoiser.sde, 4)
+        times = T([0.8, 0.3]) if solver.adaptive else grid.logsnr(denoiser.sde, 4)
         assert torch.autograd.gradcheck(lambda x, solver=solver, times=times: end_of(denoiser, solver, x, times), (x,), atol=1e-6)
 
 
@@ -594,7 +617,7 @@ def test_the_adjoint_keeps_constant_memory():
     def saved(solver):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            end_of(denoiser, solver, x, T([1.0, 0.05]))
+            end_of(denoiser, solver, x, T([1.0, 0.2]))
         return len(kept)
 
     coarse, fine = (saved(TorchDiffEq("dopri5", tol, tol, adjoint=True)) for tol in (1e-2, 1e-9))
@@ -606,30 +629,30 @@ def test_the_way_back_of_the_adjoint_stays_inside_and_is_bounded_by_itself():
     denoiser = Spy(network())
     x = torch.ones(2, 2, dtype=D).requires_grad_()
     solver = TorchDiffEq("dopri5", 1e-6, 1e-6, adjoint=True)
-    for times in (T([1.0, 0.5, 0.05]), T([0.05, 1.0])):
+    for times in (T([1.0, 0.5, 0.2]), T([0.2, 1.0])):
         end = end_of(denoiser, solver, x, times)
         forward = len(denoiser.times)
         end.sum().backward()
         assert len(denoiser.times) > forward
-        assert all(0.05 <= t <= 1.0 for t in denoiser.times)
+        assert all(0.2 <= t <= 1.0 for t in denoiser.times)
         denoiser.times.clear()
     # a solve that all but spends max_nfe leaves the way back its own
     used = s.decode(denoiser, x.detach(), solver).nfe
     just = TorchDiffEq("dopri5", 1e-6, 1e-6, max_nfe=used, adjoint=True)
-    end = end_of(denoiser, just, x, T([1.0, 0.05]))
+    end = end_of(denoiser, just, x, T([1.0, 0.2]))
     end.sum().backward(retain_graph=True)
     end.sum().backward()  # and each its own
-    steep = Wrapped.from_x0(lambda x, t: torch.sin(40 * x) / 40, VP(t_min=0.05))  # its Jacobian's is 40 times as rough
-    with pytest.raises(UnfinishedError, match=r"on the way back of an adjoint: .* max_nfe = 60 evaluations"):
-        end_of(steep, TorchDiffEq(rtol=1e-2, atol=1e-2, max_nfe=60, adjoint=True), 3 * x, T([1.0, 0.05])).sum().backward()
+    steep = Wrapped.from_x0(lambda x, t: torch.sin(40 * x) / 40, VP(t_min=0.2))  # its Jacobian is rougher: 14 there, 50 back
+    with pytest.raises(UnfinishedError, match=r"on the way back of an adjoint: .* max_nfe = 30 evaluations"):
+        end_of(steep, TorchDiffEq(rtol=1e-2, atol=1e-2, max_nfe=30, adjoint=True), 3 * x, T([1.0, 0.2])).sum().backward()
 
 
 def test_nan_on_the_way_back_of_the_adjoint_ends():
     """The value is finite, its derivative is not."""
-    denoiser = Wrapped.from_x0(lambda x, t: (x - x.detach()).abs().sqrt() + 0.1 * x, VP(t_min=0.05))
+    denoiser = Wrapped.from_x0(lambda x, t: (x - x.detach()).abs().sqrt() + 0.1 * x, VP(t_min=0.2))
     x = torch.ones(2, 2, dtype=D).requires_grad_()
     with pytest.raises(UnfinishedError, match="on the way back of an adjoint: torchdiffeq gave up"):
-        end_of(denoiser, TorchDiffEq(adjoint=True), x, T([1.0, 0.05])).sum().backward()
+        end_of(denoiser, TorchDiffEq(adjoint=True), x, T([1.0, 0.2])).sum().backward()
 
 
 def test_scipy_has_no_gradient_and_says_so():
@@ -639,7 +662,7 @@ def test_scipy_has_no_gradient_and_says_so():
     assert not s.decode(law(), x, ScipyIVP()).x.requires_grad  # under no_grad
     denoiser = network()
     x = torch.ones(2, 2, dtype=D)
-    assert not end_of(denoiser, ScipyIVP(), x, T([1.0, 0.05])).requires_grad  # parameters alone do not stop it
+    assert not end_of(denoiser, ScipyIVP(), x, T([1.0, 0.2])).requires_grad  # parameters alone do not stop it
 
 
 # --- NaN, bounds, status -------------------------------------------------------------------------------------------------
@@ -652,12 +675,11 @@ def marked(rows, batch=5, shape=(3,)):
 @pytest.mark.parametrize("solver", EVERY, ids=repr)
 def test_nan_in_some_samples(solver):
     """Named with throw; else they end as NaN and the others go on."""
-    kwargs = {"x": marked([1, 4]), "seeds": range(5), **budget(solver, 60 if solver.stochastic else 12)}
+    kwargs = {"x": marked([1, 4]), "seeds": range(5), **budget(solver, 40 if solver.stochastic else 10)}
     with pytest.raises(NonFiniteError, match=r"samples \[1, 4\] \(2 of 5\)") as caught:
         s.sample(Sick(0.9), (5, 3), solver, denoise=False, **kwargs)
-    if not solver.stochastic:
-        assert "evaluation" in str(caught.value)
-        assert "check the network" in str(caught.value)
+    assert ("evaluation" if solver.adaptive else "is not finite after step") in str(caught.value)
+    assert "check the network" in str(caught.value)
     found = s.sample(Sick(0.9), (5, 3), solver, throw=False, **kwargs)
     assert (found.status > 0).tolist() == [False, True, False, False, True]
     assert found.x[[1, 4]].isnan().all()
@@ -712,14 +734,14 @@ def blow(x, t):
 @pytest.mark.parametrize("solver", CONTROLLED, ids=repr)
 @pytest.mark.filterwarnings("error")
 def test_a_field_that_explodes_ends_within_the_bound(solver, capfd):
-    few, x = replace(solver, max_nfe=200), torch.full((2, 1), 2.0, dtype=D)
+    few, x = replace(solver, max_nfe=100), torch.full((2, 1), 2.0, dtype=D)
     denoiser = Wrapped.from_x0(blow, EDM(t_min=0.01, t_max=5.0))
     with pytest.raises((UnfinishedError, NonFiniteError)):
         s.decode(denoiser, x, few)
     found = s.decode(denoiser, x, few, throw=False)
     assert (found.status != 0).all()
     assert found.x.isnan().all()
-    assert found.nfe <= 200
+    assert found.nfe <= 100
     assert capfd.readouterr() == ("", "")
 
 
@@ -736,7 +758,7 @@ def test_a_sample_that_overflows_at_once_does_not_stop_the_others(solver):
     assert found.x[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("solver", CONTROLLED, ids=repr)
+@pytest.mark.parametrize("solver", CONTROLLED[::2], ids=repr)
 def test_a_field_with_a_jump_is_crossed(solver):
     """dx/dt jumps where t = 0.5: x moves by the two halves. The pairs' estimates are up to 160 times too small at one."""
     sde = s.VE(t_min=0.25, t_max=1.0, sigma_min=0.5, sigma_max=1.0)
@@ -834,7 +856,7 @@ def test_rows_are_independent_and_microbatches_agree(solver):
     assert (a - whole).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("solver", CONTROLLED, ids=repr)
+@pytest.mark.parametrize("solver", CONTROLLED[::3], ids=repr)
 def test_microbatches_of_an_adaptive_solver_agree_to_the_tolerance(solver):
     x = start(5)
     whole, parts = (s.decode(law(), x, solver, microbatch=m) for m in (None, 2))

@@ -259,7 +259,7 @@ def test_samples_given_up_have_a_status_and_a_name():
     oracle = Oracle(mixture(VP), 4, names=torch.tensor([7, 8, 9, 9]), throw=False)
     oracle.lose(torch.tensor([1]), s.Status.MAX_NFE, "have used up")
     oracle.lose(torch.tensor([2, 3]), s.Status.DONE, "are not finite")
-    assert oracle.status().tolist() == [0, s.Status.MAX_NFE, 0, 0]
+    assert oracle.status().tolist() == [0, s.Status.MAX_NFE, 1, 1]  # lost in the first step
     nan = torch.zeros(4, 2)
     nan[1:] = float("nan")
     oracle.watch(nan)

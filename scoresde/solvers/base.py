@@ -23,7 +23,8 @@ class Solver(ABC):
     Class attributes a subclass may set: `grid`, the rule it recommends for sampling; `adaptive`, it chooses its own inner steps;
     `independent`, no sample's result depends on its batch mates; `invariant`, the step knows the schedule through rho = sigma / alpha
     alone, so that x / alpha is the same under every SDE; `past`, how many earlier evaluations a step uses; `brownian`, its noise must
-    be increments of one path a sample, whatever the intervals: `sample` draws it by `noise.brownian`.
+    be increments of one path a sample, whatever the intervals: `sample` draws it by `noise.brownian`; `replays`, it asks again at
+    the same times on the way back of a gradient, so that probes must be the same then.
     `stochastic` is a property: a solver that draws noise states `weak_order` and `strong_order`, not `order`.
     """
 
@@ -33,6 +34,7 @@ class Solver(ABC):
     invariant: ClassVar[bool] = True
     past: ClassVar[int] = 0
     brownian: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
 
     @property
     def stochastic(self) -> bool:

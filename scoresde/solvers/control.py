@@ -30,14 +30,12 @@ _LEAST_ERROR = 1e-10
 class Run:
     """What a solve carries from one output time to the next, a row a sample, float64 on the CPU but for the state.
 
-    step: the next step in the clock, nan before the first; before: errors of the last two steps taken; used: evaluations counted when
-    the solve began; x, last: the state that was left, and what was evaluated there; taken: where asked for, the times that were reached,
-    as (rows, times) in order.
+    step: the next step in the clock, nan before the first; before: errors of the last two steps taken; x, last: the state that was left,
+    and what was evaluated there; taken: where asked for, the times that were reached, as (rows, times) in order.
     """
 
     step: Tensor
     before: Tensor
-    used: Tensor
     x: Tensor | None = None
     last: Tensor | None = None
     taken: list[tuple[Tensor, Tensor]] | None = None
@@ -108,12 +106,17 @@ class Controlled(Solver):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One try: x_s, its error over the tolerance (like x), and what was evaluated at (x_s, s), if anything.
 
-        x `[B, *shape]`; t, s `[B]` float64 on the CPU; first: what was evaluated at (x, t), if anything.
+        x `[B, *shape]`; t, s `[B]` float64 on the CPU; first: what was evaluated at (x, t), if anything: what `attempt` returns last is
+        kept for it only where `begin` gave the first.
         """
 
     def begin(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor | None, Tensor]:
         """What is evaluated at (x, t), if anything, and a first step in the clock `[B]`."""
         return None, ((self.clock.at(oracle.sde, s) - self.clock.at(oracle.sde, t)).abs() * 0.01).expand(len(x))
+
+    def tolerance(self, oracle: Oracle, size: Tensor, t: Tensor) -> Tensor:
+        """What is allowed of an error in x, of entries of this size `[B, *shape]`, at times t `[B]`: the denoiser says."""
+        return oracle.denoiser.tolerance(size, t.reshape(-1, *[1] * (size.ndim - 1)), self.rtol, self.atol)
 
     def land(self, sde: LinearSDE, t: Tensor, s: Tensor) -> Tensor:
         """Where a step from t that aims at s ends: a time near s, on the same side of t."""
@@ -164,41 +167,84 @@ class Controlled(Solver):
             aim = torch.where(last, s, aim)
             last |= aim == s
             stuck = ~((aim - b.t).abs() > _ULPS * b.t.abs())
+            if bool((stuck & last)[: way.n].any()):  # s itself is not told apart
+                way.arrive((stuck & last)[: way.n])
+                continue
             if way.lose(((b.tries >= _TRIES) | stuck & (b.tries > 0))[: way.n], Status.DONE):
                 continue
             if way.lose(stuck[: way.n], Status.MIN_STEP) or self._bound(way, self.cost):
                 continue
-            y, ratio, end_value = self.attempt(way.part, b.x, b.t, aim, b.first)
-            error = way.part.denoiser.error_norm(ratio.detach()).to("cpu", torch.float64)
+            n, rows = way.n, b.rows[: way.n]
+            spent = oracle.spent(rows)
+            y, ratio, end_value = self._checked(self.attempt(way.part, b.x, b.t, aim, b.first), b.x)
+            error = way.part.denoiser.error_norm(ratio.detach().double()).cpu()
             error = torch.where(_finite(y), error, math.nan)  # an infinite y has a tolerance to match
-            ok, n, rows = error <= 1, way.n, b.rows[: way.n]
-            h = self._next(error, ok, (clock.at(sde, aim) - w).abs(), b)
+            ok, took = error <= 1, (clock.at(sde, aim) - w).abs()
+            h = self._next(error, ok, took, b)
             if run.taken is not None:
                 run.taken.append((rows[ok[:n]], aim[:n][ok[:n]]))
             if not bool(ok[:n].all()):
-                oracle.reject(rows[~ok[:n]], self.cost)
-            on = ok.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
-            first = None if end_value is None else torch.where(on, end_value, end_value if b.first is None else b.first)
-            before = torch.where(ok[:, None], torch.stack([error.clamp(min=_LEAST_ERROR), b.before[:, 0]], 1), b.before)
-            h = torch.where(ok & last, torch.maximum(b.h, h), h)  # cut short at s, and no shorter for it
+                oracle.reject(rows[~ok[:n]], int((oracle.spent(rows) - spent)[0]))
+            if y.requires_grad and bool(ok.any()) and not bool(error.isfinite().all()):
+                y, end_value = self._alone(oracle, b, aim, ok, y, end_value)
+            y, first = _choose(ok, y, b.x), _choose(ok, end_value, b.first)
+            told = ok & ~(last & (took < b.h / 2))  # the error of a step cut short says nothing of the next
+            before = torch.where(told[:, None], torch.stack([error.clamp(min=_LEAST_ERROR), b.before[:, 0]], 1), b.before)
+            h = torch.where(ok & last, torch.maximum(b.h, h), h)  # nor is the next one shorter for it
             tries = torch.where(error.isfinite(), 0, b.tries + 1)
-            way.b = _Block(b.rows, torch.where(on, y, b.x), torch.where(ok, aim, b.t), h, before, first, tries, ~ok)
+            way.b = _Block(b.rows, y, torch.where(ok, aim, b.t), h, before, first, tries, ~ok)
             way.arrive((ok & last)[:n])
-        return way.out
+        return way.end()
+
+    def _checked(self, found: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        if (
+            not isinstance(found, tuple)
+            or len(found) != 3
+            or not all(isinstance(v, Tensor) and v.shape == x.shape for v in found[:2])
+        ):
+            raise TypeError(
+                f"{self!r}.attempt returned {shape_of(found)}; wanted (x_s, its error over the tolerance, both like x {shape_of(x)}, and "
+                "what was evaluated at x_s or None)"
+            )
+        return found
+
+    def _alone(
+        self, oracle: Oracle, b: _Block, aim: Tensor, ok: Tensor, y: Tensor, end_value: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The try again, of the rows that it was good for: on the way back of a gradient 0 times what is not finite is NaN."""
+        places = ok.nonzero().flatten()
+        padded, there = oracle.pad(places), places.to(y.device)
+        few = b.take(padded)
+        again, _, end_again = self.attempt(oracle.select(few.rows), few.x, few.t, aim[padded], few.first)
+        put = lambda whole, part: whole.detach().index_copy(0, there, part[: len(places)])
+        return put(y, again), None if end_value is None or end_again is None else put(end_value, end_again)
 
     def _bound(self, way: _Way, cost: int) -> bool:
         """Whether samples were lost that cannot afford as many evaluations more."""
         rows = way.b.rows[: way.n]
-        return way.lose(way.oracle.spent(rows) - way.run.used[rows] + cost > self.max_nfe, Status.MAX_NFE)
+        return way.lose(way.oracle.spent(rows) + cost > self.max_nfe, Status.MAX_NFE)
 
     def _next(self, error: Tensor, ok: Tensor, took: Tensor, b: _Block) -> Tensor:
         """The steps to try next."""
         p, i, d = (c / self.error_order for c in self.pid)
-        e, (e1, e2) = error.clamp(min=_LEAST_ERROR), b.before.T
-        longer = (self.safety * e ** -(p + i + d) * e1 ** (p + 2 * d) * e2**-d).clamp(_LEAST, self.growth)
+        e, (e1, e2) = error.clamp(min=_LEAST_ERROR).log(), b.before.log().unbind(1)
+        longer = (self.safety * torch.exp((p + 2 * d) * e1 - (p + i + d) * e - d * e2)).clamp(_LEAST, self.growth)
         longer = torch.where(b.again, longer.clamp(max=1.0), longer)  # what was too long once is not tried again at once
-        shorter = (self.safety * e**-i).clamp(_LEAST, self.safety)
+        shorter = (self.safety * torch.exp(-i * e)).clamp(_LEAST, self.safety)
         return took * torch.where(ok, longer, torch.where(error.isfinite(), shorter, _BACK_OFF))
+
+
+def _choose(ok: Tensor, new: Any, old: Any) -> Any:
+    """Row by row the new where it is taken, else the old; None where a row may have neither, whoever its mates are."""
+    if new is None or old is None:
+        return None
+    return (
+        old
+        if not bool(ok.any())
+        else torch.where(  # where none is, the graph of the try is not kept
+            ok.to(new.device).reshape(-1, *[1] * (new.ndim - 1)), new, old
+        )
+    )
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -271,6 +317,17 @@ class _Way:
         run.step, run.before = run.step.index_copy(0, rows, b.h[places]), run.before.index_copy(0, rows, b.before[places])
         self._keep(~done)
 
+    def end(self) -> Tensor:
+        """x at s; padding is again what it is a copy of."""
+        run, kept = self.run, self.oracle.kept
+        if kept == len(self.out):
+            return self.out
+        rows = torch.arange(len(self.out)).clamp(max=kept - 1)
+        run.step, run.before = run.step[rows], run.before[rows]
+        there = rows.to(self.out.device)
+        run.last = None if run.last is None else run.last[there]
+        return self.out[there]
+
     def _keep(self, stay: Tensor) -> None:
         places = stay.nonzero().flatten()
         self.n = len(places)
@@ -282,7 +339,8 @@ class _Way:
 _PROBLEMS = {
     Status.DONE: "are not finite {where}: the denoiser returned NaN or infinity there, or the step overflowed; check the network at that "
     "time, or use throw=False and read .status",
-    Status.MAX_NFE: "have used max_nfe = {max_nfe} evaluations and are {where}; loosen rtol and atol, or allow more with max_nfe=",
+    Status.MAX_NFE: "have no evaluations for another step within max_nfe = {max_nfe} and are {where}; loosen rtol and atol, or allow more "
+    "with max_nfe=",
     Status.MIN_STEP: "are {where}, where the error is above the tolerance in the smallest step that time resolves; loosen rtol and atol, "
     "solve in float64, or check that the denoiser is smooth",
 }

@@ -64,7 +64,8 @@ class _Field:
         self.letters = variable.clock.at(oracle.sde, torch.stack([t, s]))  # u at the ends
         self.calls = self.settled = used  # evaluations, and those when the last step was taken or refused
         self.bound, self.again, self.over = bound, 0, False  # the bound; the calls of a backward pass, when the solve is over
-        self.lost = self.of_rows(~x.isfinite())  # samples that met NaN stand still from there, and end as NaN
+        # samples that met NaN stand still from there, and end as NaN; on a grid it stays in its row, and x is not read on the host
+        self.lost = self.of_rows(~x.isfinite()) if bound < math.inf else x.new_zeros((), dtype=torch.bool)
 
     def __call__(self, u: Tensor, y: Tensor) -> Tensor:
         oracle, (a, b) = self.oracle, self.ends
@@ -87,6 +88,8 @@ class _Field:
             return dy.masked_fill(self.lost, 0.0)
         self.calls += 1
         dy = self.rate(oracle, t, y)
+        if self.bound == math.inf:
+            return dy
         bad = self.of_rows(~dy.isfinite()) & ~self.lost
         if bool(bad.any()):
             oracle.lose(
@@ -106,8 +109,7 @@ class _Field:
         p, r = self.variable.read(oracle.sde, t)
         return p * x + r * oracle.predict(x.to(self.dtype), t).x0.double()
 
-    def scale(self, t: Tensor) -> Tensor:
-        """m at t."""
+    def scale(self, t: Tensor) -> Tensor:  # m
         return self.variable.scale(self.oracle.sde.alpha(t), self.oracle.sde.sigma(t))
 
     def underflow(self) -> NoReturn:
@@ -120,7 +122,6 @@ class _Field:
         )
 
     def stop(self, status: Status, problem: str) -> NoReturn:
-        """Give up."""
         raise UnfinishedError(f"on the way back of an adjoint: {problem}") if self.over else _Stopped(status, problem)
 
     def run(self, x: Tensor, solve: Callable[[], Tensor]) -> tuple[Tensor, int]:
@@ -155,8 +156,8 @@ class _Watched(_Field):
     def callback_step(self, u: Tensor, y: Any, du: Tensor) -> None:
         """Whether time moves and y is finite: torchdiffeq asserts it, which is nothing under `python -O`."""
         if not self.over and bool(self.lost.any()):
-            y.data.masked_fill_(self.lost, 0.0)  # what overflowed there would stop the others
-        if not bool((u + du > u) & (du - u > -u)) or not (self.over or bool(y.isfinite().all())):  # it may hold -u
+            y.data.masked_fill_(self.lost, 0.0)  # what overflowed would stop the others
+        if not bool((u + du > u) & (du - u > -u)) or not (self.over or bool(y.isfinite().all())):  # it may be -u
             self.underflow()
 
     callback_step_adjoint = callback_step
@@ -223,6 +224,7 @@ class TorchDiffEq(_Handed):
     known = {**_ADAPTIVE, **_FIXED}
     adaptive: ClassVar[Any] = property(lambda self: self.method in _ADAPTIVE)
     independent: ClassVar[Any] = property(lambda self: not self.adaptive)
+    replays: ClassVar[Any] = property(lambda self: self.adjoint)
     invariant: ClassVar[Any] = property(lambda self: self.variable != time)
     grid: ClassVar[Any] = property(lambda self: interval if self.adaptive else logsnr)
 
@@ -235,7 +237,7 @@ class TorchDiffEq(_Handed):
     def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
         """x_s from x_t and the evaluations so far: any number, or one step's."""
         field = self.field(_Watched if self.adaptive else _Field, oracle, self.variable, x, t, s, state)
-        if bool(field.lost.all()) and (self.adaptive or not len(x)):
+        if not len(x) or (self.adaptive and bool(field.lost.all())):
             return x, state
         u = field.letters.to(x.device)
         y = x.double().masked_fill(field.lost, 0.0) / field.scale(t)
@@ -334,8 +336,7 @@ class _Reverse:
         else:  # an additive g would be [B, D, D]: its product with a vector does
             self.g_prod = lambda time, y, v: self.spread(time, v)
 
-    def f(self, time: Tensor, y: Tensor) -> Tensor:
-        """The drift."""
+    def f(self, time: Tensor, y: Tensor) -> Tensor:  # the drift
         for at, state, drift in self.known:
             if state is y and at == time:
                 return drift
@@ -365,7 +366,6 @@ class TorchSDE(StochasticSolver):
     method: str = "euler"
     grid = staticmethod(logsnr)
     invariant = False
-    brownian = True
     weak_order: ClassVar[Any] = property(lambda self: _SDE[self.method][3])
     strong_order: ClassVar[Any] = property(lambda self: _SDE[self.method][4])
     past: ClassVar[Any] = property(lambda self: int(self.method == "reversible_heun"))  # its first evaluation of a step

@@ -48,6 +48,10 @@ class Tableau:
             raise ValueError(
                 f"lower is {self.lower}; wanted {n} or {n + 1} weights that add to 1, or with through some of 0 to {n - 1}"
             )
+        if self.lower and self.lower[:n] == rows[-1] and not any(self.lower[n:]):
+            raise ValueError(
+                f"lower is {self.lower}, the row of the end itself: the error would read 0; wanted that of a lower order"
+            )
         sums = [abs(sum(row) - end) for row, end in zip(self.shares, (*self.fractions[1:], 1.0), strict=False)]
         if sums and max(sums) > 1e-12:
             i = sums.index(max(sums))
