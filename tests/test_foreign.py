@@ -879,11 +879,11 @@ def test_float32_follows_float64():
         assert (ends[0] - ends[1]).abs().max() < 1e-4
 
 
-def test_sample_draws_one_brownian_path_a_seed():
-    """The same seeds on a finer grid are the same path, so that samples converge one by one."""
-    a, b, c = (s.sample(law(), (50, 3), TorchSDE("srk"), steps=n, seeds=range(50), dtype=D).x for n in (50, 100, 200))
+def test_on_a_brownian_path_samples_converge_one_by_one():
+    """The same seeds on a finer grid are the same path."""
+    x = law().sample(50, torch.tensor(VP().t_max, dtype=D), seeds=range(50))
+    a, b, c = (s.orders.on_path(law(), TorchSDE("srk"), x, s.grid.logsnr(VP(), n), range(50)) for n in (50, 100, 200))
     assert (b - c).abs().max() < (a - c).abs().max() < 0.3
-    assert TorchSDE.brownian
 
 
 def test_inference_mode_and_wrappers():
