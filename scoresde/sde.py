@@ -64,7 +64,7 @@ class VP(LinearSDE):
 
     def time(self, logsnr: Tensor) -> Tensor:
         """B = log(1 + e^-logsnr), then the quadratic B(t)."""
-        return self._time_of_B(torch.logaddexp(torch.zeros_like(logsnr), -logsnr))
+        return self._time_of_B(-torch.nn.functional.logsigmoid(logsnr))
 
     @staticmethod
     def from_betas(betas: Sequence[float] | Tensor) -> DiscreteVP:

@@ -589,3 +589,122 @@ def test_any_controller_keeps_the_tolerance(pid):
     found = s.sample(law, (32, 2), Dopri5(1e-5, 1e-5, pid=pid), **kwargs)
     assert (found.x - exact).square().mean().sqrt() < 1e-4
     assert found.nfe < 250
+
+
+# --- after a breaker -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("microbatch", [2, 3])
+@pytest.mark.parametrize("solver", [Dopri5(1e-3, 1e-3), DPMAdaptive(), AdaptiveSDE(rtol=0.1)], ids=repr)
+def test_padding_goes_along_through_output_times(solver, microbatch):
+    rate = torch.tensor([1.0, 30.0, 200.0, 3.0, 300.0], dtype=D)[:, None]
+    times = torch.tensor([1.0, 0.7, 0.3, 1e-3], dtype=D)
+    kwargs = dict(seeds=range(5), dtype=D, times=times)
+    whole, parts = (s.sample(Stiff(rate), (5, 2), solver, microbatch=m, **kwargs) for m in (None, microbatch))
+    assert torch.equal(whole.nfe_each, parts.nfe_each)
+    assert (whole.x - parts.x).abs().max() < 1e-9
+    assert parts.ledger == pytest.approx(whole.ledger, rel=1e-12)
+
+
+def test_the_final_mean_is_not_asked_at_a_stale_state():
+    """Padding ends where the row ends that it is a copy of."""
+    fine = lambda x, t: torch.where((x.abs() > 5) & (t.to(x) < 0.1), math.nan, 0.5 * x / (1 + t.to(x) ** 2))
+    found = s.sample(s.Wrapped.from_x0(fine, s.EDM()), (5, 2), Dopri5(1e-4, 1e-4), seeds=range(5), microbatch=4)
+    assert found.x.isfinite().all()
+
+
+def test_gradients_pass_a_try_that_was_not_finite():
+    scale = torch.tensor(0.7, dtype=D, requires_grad=True)
+    fn = lambda x, t: scale * x * torch.sqrt(1 - (x / 8) ** 2) - 3 * torch.sin(200 * t).to(x)
+    x = (0.9 * seeded(range(6)).initial((6, 2), D).clamp(-1.2, 1.2)).requires_grad_()
+    oracle = s.Oracle(s.Wrapped.from_x0(fn, VP), 6)
+    out = list(s.trajectory(oracle, Dopri5(0.1, 0.1), x, torch.tensor([1.0, 1e-3], dtype=D)))[-1][1]
+    grads = torch.autograd.grad(out.square().sum(), [scale, x])
+    assert out.isfinite().all()
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_a_path_is_wanted_where_steps_are_made_again():
+    oracle = s.Oracle(mixture(VP), 2, seeded(range(2)))
+    with pytest.raises(ValueError, match=r"one Brownian path a sample and the noise is Seeded; wanted noise.brownian"):
+        list(s.trajectory(oracle, AdaptiveSDE(), torch.zeros(2, 2, dtype=D), torch.tensor([1.0, 0.5], dtype=D)))
+
+
+def test_the_coordinate_may_be_left_to_the_variable():
+    law, kwargs = mixture(VP), dict(seeds=range(8), dtype=D)
+    for tableau in (s.solvers.tableau.TRAPEZOID, s.solvers.tableau.THIRDS):
+        found = [
+            s.sample(law, (8, 2), Adaptive(SingleStep(variables.velocity, c, tableau), rtol=1e-4, atol=1e-4), **kwargs)
+            for c in (None, variables.tau)
+        ]
+        assert torch.equal(found[0].x, found[1].x)
+
+
+def test_max_nfe_is_of_the_solve_in_pieces_too():
+    times = torch.linspace(1, 1e-3, 11, dtype=D)
+    found = s.sample(
+        mixture(VP), (3, 2), s.Churn(Dopri5(max_nfe=40), 200.0), seeds=range(3), dtype=D, times=times, throw=False, denoise=False
+    )
+    assert found.nfe <= 40
+    assert found.status.tolist() == [Status.MAX_NFE] * 3
+
+
+def test_what_was_given_up_stays_nan_and_is_asked_nothing():
+    class Signs(s.Denoiser):
+        def forward(self, x, t):
+            return torch.where(x > 0, 1.0, -1.0).to(x)
+
+    found = s.sample(Signs(VP), (3, 2), Dopri5(max_nfe=10), seeds=range(3), dtype=D, throw=False)
+    assert found.x.isnan().all()
+    assert found.nfe <= 10
+
+
+def test_output_times_close_together_do_not_shorten_the_steps():
+    law = mixture(VP)
+    far = torch.linspace(1, 1e-3, 22, dtype=D)
+    pairs = torch.stack([far[1:-1], far[1:-1] - 1e-7], 1).flatten()
+    close = torch.tensor([1.0, 0.5, 0.5 - 5e-16, 1e-3], dtype=D)
+    nfe = [
+        s.sample(law, (8, 2), Dopri5(1e-6, 1e-6), seeds=range(8), dtype=D, times=t).nfe
+        for t in (far, torch.cat([far[:1], pairs, far[-1:]]), close)
+    ]
+    assert nfe[1] <= nfe[0] + 6 * 20 + 30
+    assert nfe[2] < nfe[0]
+
+
+def test_bits_do_not_depend_on_the_place_in_the_batch():
+    """Twelve rows: some kernels round the last few of a tensor otherwise, which nothing here may use."""
+    kwargs = dict(dtype=D, microbatch=12)
+    rate = torch.linspace(1, 40, 12, dtype=D)[:, None]
+    for solver in (Dopri5(), DPMAdaptive(), AdaptiveSDE(rtol=0.1)):
+        whole = s.sample(Stiff(rate), (12, 3), solver, seeds=range(12), **kwargs)
+        back = s.sample(Stiff(rate.flip(0)), (12, 3), solver, seeds=range(11, -1, -1), **kwargs)
+        assert torch.equal(whole.x, back.x.flip(0))
+        assert torch.equal(whole.nfe_each, back.nfe_each.flip(0))
+
+
+def test_wrappers_keep_the_tolerance_of_what_they_wrap():
+    class Strict(s.Denoiser):
+        def __init__(self):
+            super().__init__(VP)
+            self.asked = 0
+
+        def forward(self, x, t):
+            return 0.5 * x
+
+        def error_norm(self, ratio):
+            self.asked += 1
+            return super().error_norm(ratio)
+
+    for wrap in (s.Clipped, s.Thresholded):
+        inner = Strict()
+        s.sample(wrap(inner), (2, 3), Dopri5(1e-3, 1e-3), seeds=range(2))
+        assert inner.asked
+    inner = Strict()
+    s.log_prob(inner, torch.zeros(2, 3, dtype=D), Dopri5(1e-3, 1e-3))
+    assert inner.asked
+
+
+def test_a_frozen_run_says_who_ran():
+    frozen = s.freeze(mixture(VP), (8, 2), Dopri5(1e-4, 1e-4, max_nfe=120), seeds=range(8))
+    assert frozen.pilot.solver == Dopri5(1e-4, 1e-4, max_nfe=120)
+    assert frozen == frozen
+    assert hash(frozen.grid)

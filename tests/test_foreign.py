@@ -932,7 +932,6 @@ REFUSED = [
     (lambda: s.sample(law(), (2, 3), TorchDiffEq("rk4"), nfe=4), ValueError, "one step of TorchDiffEq.* costs 4 and the final mean 1"),
     (lambda: s.sample(law(), (2, 3), TorchDiffEq("rk4")), ValueError, "got none of nfe, steps, times"),
     (lambda: s.log_prob(law(), start(2), TorchSDE(), steps=3), TypeError, "is stochastic and has no inverse and no density"),
-    (lambda: s.Restart(TorchSDE(), [(0.1, 0.5, 3, 1)]), ValueError, "Brownian path, which cannot be crossed twice"),
     *(
         (lambda solver=solver: solver.step(Oracle(law(), 2), start(2), T([[0.5], [0.4]]), T([[0.1], [0.1]]), None), ValueError,
          r"t is \[2, 1\] float64; .* steps with one time \(\) for the batch")
