@@ -78,7 +78,7 @@ class _Recorded(Solver):
         return self.inner.grid
 
     def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Any]:
-        run = self.inner.run(oracle, len(x))
+        run = self.inner.run(len(x))
         run.taken = []
         self.log.append(run.taken)
         return self.inner.step(oracle, x, t, s, run)

@@ -122,13 +122,9 @@ class Controlled(Solver):
         """Where a step from t that aims at s ends: a time near s, on the same side of t."""
         return s
 
-    def run(self, oracle: Oracle, rows: int) -> Run:
+    def run(self, rows: int) -> Run:
         """The state a solve of so many rows begins with."""
-        return Run(
-            torch.full((rows,), math.nan, dtype=torch.float64),
-            torch.ones(rows, 2, dtype=torch.float64),
-            oracle.spent(torch.arange(rows)),
-        )
+        return Run(torch.full((rows,), math.nan, dtype=torch.float64), torch.ones(rows, 2, dtype=torch.float64))
 
     # --- the loop ----------------------------------------------------------------------------------------------------------
     def step(self, oracle: Oracle, x: Tensor, t: Tensor, s: Tensor, state: Any) -> tuple[Tensor, Run]:
@@ -140,7 +136,7 @@ class Controlled(Solver):
             raise ValueError(
                 f"rtol is {self.rtol:g} and atol {self.atol:g}; {shape_of(x)} resolves {resolved:.2g}: loosen them, or solve in float64"
             )
-        run = state or self.run(oracle, len(x))
+        run = state or self.run(len(x))
         if len(x):
             x = self._cross(oracle, run, x, t, s)
         run.x = x
@@ -197,11 +193,7 @@ class Controlled(Solver):
         return way.end()
 
     def _checked(self, found: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        if (
-            not isinstance(found, tuple)
-            or len(found) != 3
-            or not all(isinstance(v, Tensor) and v.shape == x.shape for v in found[:2])
-        ):
+        if not isinstance(found, tuple) or [getattr(v, "shape", None) for v in found[:2]] != [x.shape] * 2 or len(found) != 3:
             raise TypeError(
                 f"{self!r}.attempt returned {shape_of(found)}; wanted (x_s, its error over the tolerance, both like x {shape_of(x)}, and "
                 "what was evaluated at x_s or None)"
