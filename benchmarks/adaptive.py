@@ -366,7 +366,8 @@ def frozen(problem: str, sde: str, solver: solvers.Adaptive) -> dict[str, Any]:
         found = scoresde.freeze(law, pilot.shape, solver, x=pilot, fixed=fixed)
         again = run(law, x, found.solver, times=found.times)
         row[label] = {
-            "who": "AdamsMoulton(5)" if found.solver == solvers.AdamsMoulton(5) else "own steps", "nfe": again.nfe,
+            "who": "own steps" if found.solver == solver.solver else str(found.solver).replace("order=5, variable=velocity", "5"),
+            "nfe": again.nfe,
             "steps": len(found.times) - 1, "rms": float(errors(again.x, end).square().mean().sqrt()),
         }  # fmt: skip
         row["pilot"] = float(found.pilot.nfe_each.double().mean())
@@ -391,6 +392,7 @@ def stochastic(sde: str, width: int, kind: str) -> dict[str, Any]:
     seeds = range(FIRST["B"], FIRST["B"] + rows)
     x = law.sample(rows, torch.tensor(law.sde.t_max, dtype=D), seeds=seeds)
     source = brownian(seeds, *span) if kind == "path" else gaussian(torch.Generator().manual_seed(FIRST["B"]))
+    source.path = True  # or the solver would refuse it: that is the point
     with torch.no_grad():
         found = solve(law, x, solvers.AdaptiveSDE(), torch.tensor(span[::-1], dtype=D), source, None)
     nfe = float(found.nfe_each.double().mean())
@@ -730,7 +732,7 @@ def main() -> None:
             cells.save()
             raise
     for line in report(cells):
-        print(line)
+        print(line, flush=True)
     sys.path.insert(0, str(ROOT / "docs"))
     import markers
 
