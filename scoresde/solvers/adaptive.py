@@ -12,7 +12,7 @@ from ..oracle import Oracle
 from ..variables import Clock, Variable, check_variable, eps, lam, velocity
 from ..variables import t as time_clock
 from .base import Solver, StochasticSolver
-from .control import Controlled
+from .control import PI, PID, Controlled, column
 from .exponential import SingleStep
 from .families import AdamsMoulton, Heun, check_order
 from .stochastic import ImprovedEuler, improved_euler
@@ -113,10 +113,13 @@ class Adaptive(Controlled):
         nodes = [clock.at(sde, at).numpy() for at in inner] if tableau.through else []
         du = variable.clock.at(sde, s) - variable.clock.at(sde, t)
 
-        def weights(row: tuple[float, ...], at: Tensor) -> list[tuple[int, Tensor]]:
+        parts = [segment(variable, clock, sde, t, at) for at in inner[1:]] if tableau.through else []
+
+        def weights(row: tuple[float, ...], i: int) -> list[tuple[int, Tensor]]:
+            """Of the evaluations, in the increment of y up to inner[i]."""
             if tableau.shares:
                 return [(j, share * du) for j, share in enumerate(row) if share]
-            c = exact(segment(variable, clock, sde, t, at), [nodes[int(j)] for j in row])
+            c = exact(parts[i - 1], [nodes[int(j)] for j in row])
             return [(int(j), torch.from_numpy(cj)) for j, cj in zip(row, c, strict=True)]
 
         def add(parts: list[tuple[int, Tensor]]) -> Tensor:
@@ -125,35 +128,27 @@ class Adaptive(Controlled):
                 out = torch.addcmul(out, column(c, x), q[j])
             return out
 
-        y, end = x / self._scale(sde, x, t), x
+        m, end = self._scale(sde, x, t), x
+        y = x / m
         q = [self._q(oracle, x, t) if first is None else first]
         high_row: list[tuple[int, Tensor]] = []
         for i, at in enumerate(inner[1:], 1):
-            high_row = weights((tableau.through or tableau.shares)[i - 1], at)
-            end = self._scale(sde, x, at) * (y + add(high_row))
+            high_row = weights((tableau.through or tableau.shares)[i - 1], i)
+            m = self._scale(sde, x, at)
+            end = m * (y + add(high_row))
             if i < len(tableau.fractions):
                 q.append(self._q(oracle, end, at))
         last = self._q(oracle, end, s) if len(tableau.lower) > len(tableau.fractions) else None
         q += [] if last is None else [last]
         gap = dict(high_row)
-        for j, c in weights(tableau.lower, s):
+        for j, c in weights(tableau.lower, len(tableau.fractions)):
             gap[j] = gap[j] - c if j in gap else -c
-        m = self._scale(sde, x, s)
         size = torch.maximum(m * y.abs(), end.abs()).detach()
         return end, m * add(list(gap.items())) / self.tolerance(oracle, size, s), last
 
 
-def column(c: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`[B]` as a factor of x, in its dtype (or this one) and on its device."""
-    return c.to(x.device, dtype or x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-
-
-PID = tuple[float, float, float]
-_PI = (0.4, 0.3, 0.0)
-
-
 def Dopri5(
-    rtol: float = 1e-5, atol: float = 1e-5, variable: Variable = velocity, *, pid: PID = _PI, max_nfe: int = 10_000
+    rtol: float = 1e-5, atol: float = 1e-5, variable: Variable = velocity, *, pid: PID = PI, max_nfe: int = 10_000
 ) -> Adaptive:
     """Dormand-Prince 5(4) on dy/du = q, in each sample's own steps: six evaluations a try, the last of them the next step's first.
 
@@ -164,7 +159,7 @@ def Dopri5(
 
 
 def Dopri8(
-    rtol: float = 1e-5, atol: float = 1e-5, variable: Variable = velocity, *, pid: PID = _PI, max_nfe: int = 10_000
+    rtol: float = 1e-5, atol: float = 1e-5, variable: Variable = velocity, *, pid: PID = PI, max_nfe: int = 10_000
 ) -> Adaptive:
     """Dormand-Prince 8(7) on dy/du = q, in each sample's own steps, thirteen evaluations a try: for small tolerances. As `Dopri5`.
 
@@ -179,7 +174,7 @@ def _named(name: str, tableau: Tableau, rtol: float, atol: float, variable: Vari
     return Adaptive(fixed, rtol=rtol, atol=atol, pid=pid, max_nfe=max_nfe, name=f"{name}({inside})")
 
 
-def DPMAdaptive(order: int = 3, rtol: float = 0.05, atol: float = 0.0078, *, pid: PID = _PI, max_nfe: int = 10_000) -> Adaptive:
+def DPMAdaptive(order: int = 3, rtol: float = 0.05, atol: float = 0.0078, *, pid: PID = PI, max_nfe: int = 10_000) -> Adaptive:
     """DPM-Solver-12 (order 2) or -23 (order 3) in lam, in each sample's own steps, `order` evaluations a try.
 
     The two ends are those of DPM-Solver of this order and of the one below on the same evaluations; that of order 2 inside order 3

@@ -55,7 +55,9 @@ class Solver(ABC):
         return None
 
     def evaluations(self, steps: int) -> int:
-        """Oracle calls that `steps` intervals cost, exactly."""
+        """Oracle calls that `steps` intervals cost, exactly; of an adaptive solver unknown before the solve: TypeError."""
+        if self.adaptive:
+            raise TypeError("an adaptive solver chooses its steps: read .nfe of the solution; max_nfe= bounds it")
         return steps
 
     def in_pieces(self) -> Solver:

@@ -19,6 +19,9 @@ from .base import Solver
 
 __all__ = ["Controlled", "Run"]
 
+PID = tuple[float, float, float]
+PI: PID = (0.4, 0.3, 0.0)
+
 _LEAST = 0.2  # to what part a step may shrink from one try to the next
 _BACK_OFF, _TRIES = 0.1, 8  # after a try that was not finite, and how many in a row a sample is given
 _STRETCH = 1.01  # a step that would leave less than a hundredth of itself goes to the end
@@ -57,7 +60,7 @@ class Controlled(Solver):
 
     rtol: float = field(default=1e-5, kw_only=True)
     atol: float = field(default=1e-5, kw_only=True)
-    pid: tuple[float, float, float] = field(default=(0.4, 0.3, 0.0), kw_only=True)
+    pid: PID = field(default=PI, kw_only=True)
     max_nfe: int = field(default=10_000, kw_only=True)
     growth: ClassVar[float] = 5.0  # what a step may be of the one before: an estimate may be small by luck,
     safety: ClassVar[float] = 0.8  # and the part that is dared of the step that would just do
@@ -68,16 +71,12 @@ class Controlled(Solver):
         check_number(self.rtol, "rtol", 0.0, 1.0)
         check_number(self.atol, "atol", 0.0, open_low=True)
         if not isinstance(self.pid, tuple) or len(self.pid) != 3:
-            raise TypeError(f"pid is {self.pid!r}; wanted three numbers (p, i, d), as (0.4, 0.3, 0.0)")
+            raise TypeError(f"pid is {self.pid!r}; wanted three numbers (p, i, d), as {PI}")
         for c in self.pid:
             check_number(c, "pid", 0.0)
         if not self.pid[1] > 0:
             raise ValueError(f"pid is {self.pid}; wanted i > 0: without it the error does not come back to the tolerance")
         check_count(self.max_nfe, "max_nfe")
-
-    def evaluations(self, steps: int) -> int:
-        """Unknown before the solve: TypeError."""
-        raise TypeError("an adaptive solver chooses its steps: read .nfe of the solution; max_nfe= bounds it")
 
     # --- what a family says ------------------------------------------------------------------------------------------------
     @property
@@ -116,7 +115,7 @@ class Controlled(Solver):
 
     def tolerance(self, oracle: Oracle, size: Tensor, t: Tensor) -> Tensor:
         """What is allowed of an error in x, of entries of this size `[B, *shape]`, at times t `[B]`: the denoiser says."""
-        return oracle.denoiser.tolerance(size, t.reshape(-1, *[1] * (size.ndim - 1)), self.rtol, self.atol)
+        return oracle.denoiser.tolerance(size, column(t, size, t.dtype), self.rtol, self.atol)
 
     def land(self, sde: LinearSDE, t: Tensor, s: Tensor) -> Tensor:
         """Where a step from t that aims at s ends: a time near s, on the same side of t."""
@@ -230,13 +229,14 @@ def _choose(ok: Tensor, new: Any, old: Any) -> Any:
     """Row by row the new where it is taken, else the old; None where a row may have neither, whoever its mates are."""
     if new is None or old is None:
         return None
-    return (
-        old
-        if not bool(ok.any())
-        else torch.where(  # where none is, the graph of the try is not kept
-            ok.to(new.device).reshape(-1, *[1] * (new.ndim - 1)), new, old
-        )
-    )
+    if not bool(ok.any()):
+        return old  # and the graph of the try is not kept
+    return torch.where(column(ok, new, torch.bool), new, old)
+
+
+def column(c: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`[B]` as a factor of x, in its dtype (or this one) and on its device."""
+    return c.to(x.device, dtype or x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _finite(x: Tensor) -> Tensor:

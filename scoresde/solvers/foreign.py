@@ -194,9 +194,7 @@ class _Handed(Solver):
 
     def evaluations(self, steps: int) -> int:
         """The method's stages a step; of an adaptive one unknown before the solve: TypeError."""
-        if self.adaptive:
-            raise TypeError("an adaptive solver chooses its steps: read .nfe of the solution; max_nfe= bounds it")
-        return _FIXED[self.method] * steps
+        return super().evaluations(steps) * _FIXED[self.method]
 
     def field(self, kind: Any, oracle: Oracle, variable: Variable, x: Tensor, t: Tensor, s: Tensor, state: Any) -> Any:
         """The derivative to hand over; state: the evaluations so far."""
