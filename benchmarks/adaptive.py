@@ -45,7 +45,7 @@ import scoresde
 from scoresde import compare, figures, solvers, variables
 from scoresde.denoiser import Denoiser, flow
 from scoresde.noise import brownian, gaussian, seeded
-from scoresde.sample import solve
+from scoresde.solve import solve
 
 D = torch.float64
 ROOT = Path(__file__).parents[1]

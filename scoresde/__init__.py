@@ -4,19 +4,21 @@ The names here are the whole everyday vocabulary; the modules hold the functions
 `loss` (weights, time distributions), `parameterizations` (what a network predicts), `noise`, `metrics`, `checkpoint`.
 """
 
-from . import checkpoint, grid, loss, metrics, nets, noise, orders, parameterizations, solvers, variables
+from . import checkpoint, divergence, grid, loss, metrics, nets, noise, orders, parameterizations, solvers, variables
+from .bits import BitsPerDim, Importance, Quantized, TruncatedNormal, Uniform, bits_per_dim
 from .checks import NonFiniteError, Status, UnfinishedError
 from .denoiser import Denoiser, Preconditioned, Wrapped, flow, reverse_drift
 from .exact import Empirical, Gaussian, Mixture
 from .guidance import Clipped, Thresholded
-from .likelihood import BitsPerDim, LogProb, Quantized, bits_per_dim, log_prob
+from .likelihood import log_prob
 from .loss import dsm_loss
 from .nets import MLP, UNet
 from .oracle import Oracle
 from .parameterizations import Prediction
 from .pilot import Frozen, freeze
-from .sample import Solution, decode, encode, sample, trajectory
+from .sample import decode, encode, sample, slerp
 from .sde import EDM, SDE, VE, VP, Cosine, DiscreteVP, LinearSDE, Rectified, SubVP, Tabulated
+from .solve import LogProb, Solution, trajectory
 from .solvers import (
     DDIM,
     DEIS,
@@ -64,12 +66,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DDIM", "DEIS", "EDM", "EMA", "ERSDE", "IPNDM", "MALA", "MLP", "RK4", "SDE", "SEEDS", "SRA1", "SRA3", "VE", "VP",
-    "AdamsBashforth", "AdamsMoulton", "Adaptive", "AdaptiveSDE", "Ancestral", "AnnealedLangevin", "Band", "BitsPerDim", "Churn",
-    "Clipped", "Cosine", "DPMAdaptive", "DPMSolver", "DPMSolverPP", "Denoiser", "DiscreteVP", "Dopri5", "Dopri8", "Empirical",
-    "Euler", "EulerMaruyama", "Frozen", "Gaussian", "Heun", "ImprovedEuler", "Langevin", "LinearSDE", "LogProb", "Mixture",
-    "NonFiniteError", "Oracle", "Preconditioned", "Prediction", "PredictorCorrector", "Quantized", "Rectified", "Restart",
-    "ReverseDiffusion", "SASolver", "SDEDPMSolverPP", "ScipyIVP", "Solution", "Solver", "Status", "Step", "StochasticHeun",
-    "StochasticSolver", "SubVP", "Tabulated", "Thresholded", "TorchDiffEq", "TorchSDE", "UNet", "UnfinishedError", "UniPC",
-    "Wrapped", "bits_per_dim", "checkpoint", "decode", "dsm_loss", "encode", "fit", "flow", "freeze", "grid", "log_prob", "loss",
-    "metrics", "nets", "noise", "orders", "parameterizations", "reverse_drift", "sample", "solvers", "trajectory", "variables",
+    "AdamsBashforth", "AdamsMoulton", "Adaptive", "AdaptiveSDE", "Ancestral", "AnnealedLangevin", "Band", "BitsPerDim",
+    "Churn", "Clipped", "Cosine", "DPMAdaptive", "DPMSolver", "DPMSolverPP", "Denoiser", "DiscreteVP", "Dopri5", "Dopri8",
+    "Empirical", "Euler", "EulerMaruyama", "Frozen", "Gaussian", "Heun", "Importance", "ImprovedEuler", "Langevin",
+    "LinearSDE", "LogProb", "Mixture", "NonFiniteError", "Oracle", "Preconditioned", "Prediction", "PredictorCorrector",
+    "Quantized", "Rectified", "Restart", "ReverseDiffusion", "SASolver", "SDEDPMSolverPP", "ScipyIVP", "Solution", "Solver",
+    "Status", "Step", "StochasticHeun", "StochasticSolver", "SubVP", "Tabulated", "Thresholded", "TorchDiffEq", "TorchSDE",
+    "TruncatedNormal", "UNet", "UnfinishedError", "UniPC", "Uniform", "Wrapped", "bits_per_dim", "checkpoint", "decode",
+    "divergence", "dsm_loss", "encode", "fit", "flow", "freeze", "grid", "log_prob", "loss", "metrics", "nets", "noise",
+    "orders", "parameterizations", "reverse_drift", "sample", "slerp", "solvers", "trajectory", "variables",
 ]  # fmt: skip

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint, compare, figures, grid, loss, parameterizations
+from .bits import Quantized, bits_per_dim
 from .compare import Row
 from .denoiser import Denoiser, Preconditioned
-from .likelihood import Quantized, bits_per_dim
 from .linear import LinearSDE
 from .metrics import ModuleFeatures, Statistics, frechet_distance, sliced_wasserstein
 from .nets import UNet
 from .noise import seeded
 from .oracle import Oracle
-from .sample import trajectory
 from .sde import VE, VP
+from .solve import trajectory
 from .solvers import (
     DDIM,
     Ancestral,

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .checks import check_callable, check_state, check_time, shape_of
 from .linear import LinearSDE, cast, check_regular
@@ -94,6 +95,13 @@ def check_denoiser(value: Any) -> Denoiser:
     return value
 
 
+def _underived(out: Tensor, x: Tensor) -> bool:
+    """Whether a derivative of out with respect to x is asked for, in reverse or in forward mode, and there is none."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return not out.requires_grad
+    return forward_ad.unpack_dual(x).tangent is not None and forward_ad.unpack_dual(out).tangent is None
+
+
 class Preconditioned(Denoiser):
     """x0 = c_skip x + c_out net(c_in x, c_noise): a network and the four coefficients of its `parameterization`.
 
@@ -127,7 +135,7 @@ class Preconditioned(Denoiser):
         out = self.net((cast(c_in, x) * x).to(dtype), *args)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             raise ValueError(f"the network returned {shape_of(out)} for x {list(x.shape)}; wanted the shape of x")
-        if x.requires_grad and torch.is_grad_enabled() and not out.requires_grad:
+        if _underived(out, x):
             raise ValueError(
                 "the network's output has no gradient to x, so its divergence is unknown; remove no_grad or inference_mode inside it"
             )
@@ -162,7 +170,7 @@ class Wrapped(Denoiser):
         out = self.fn(x, t)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             raise ValueError(f"fn returned {shape_of(out)} for x {list(x.shape)}; wanted the shape of x")
-        if x.requires_grad and torch.is_grad_enabled() and not out.requires_grad and not self.warned:
+        if not self.warned and _underived(out, x):
             self.warned = True
             warnings.warn(
                 "fn's output has no gradient to x: right for a constant, wrong under no_grad or inference_mode, where a likelihood's "

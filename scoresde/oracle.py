@@ -32,7 +32,8 @@ class Oracle:
     `ledger` splits the cost of a sample:
     score (solver evaluations), denoise (the final mean), rejected (evaluations of rejected adaptive steps, counted in score too),
     network (passes of the leaves that own a network, in rows / B), guidance (network passes beyond one an evaluation) and
-    divergence (derivative passes in forward-equivalents: 1 a JVP, 2 a VJP). names: the numbers of the rows in the caller's batch, for
+    divergence (derivative passes in forward-equivalents: 1 a JVP, 2 a VJP) and, where JVPs come in several passes, repeated (network
+    passes that each of them makes again). names: the numbers of the rows in the caller's batch, for
     errors; throw: a solver that meets NaN may raise at once (False: it leaves the sample NaN and goes on with the others).
     """
 
@@ -165,7 +166,7 @@ class Oracle:
     def ledger(self) -> dict[str, float]:
         """Cost a sample, by kind (see the class)."""
         counts = dict(self._counts)
-        extra = counts["network"] - counts["score"] - counts["denoise"]
+        extra = counts["network"] - counts["score"] - counts["denoise"] - counts.get("repeated", 0.0)
         return {**counts, "guidance": max(0.0, extra) if counts["network"] else 0.0}
 
     def __enter__(self) -> Oracle:

@@ -13,7 +13,7 @@ from .checks import check_count, check_rows, check_state, shape_of
 from .denoiser import Denoiser, check_denoiser
 from .grid import check_times
 from .noise import Noise, brownian
-from .sample import check_solver, solve
+from .solve import check_solver, solve
 from .solvers import Solver, StochasticSolver
 
 __all__ = ["affine_law", "on_path", "slopes", "strong_errors"]

@@ -17,7 +17,8 @@ from .denoiser import Denoiser
 from .grid import check_times
 from .linear import LinearSDE
 from .oracle import Oracle
-from .sample import Solution, check_solver, sample, steps_within
+from .sample import sample
+from .solve import Solution, check_solver, steps_within
 from .solvers import Controlled, Dopri5, Solver
 from .variables import Clock
 

@@ -16,7 +16,7 @@ from scoresde import solvers, variables
 from scoresde.exact import Gaussian, Mixture
 from scoresde.noise import Noise
 from scoresde.orders import affine_law, on_path, slopes
-from scoresde.sample import solve, steps_within
+from scoresde.solve import solve, steps_within
 
 D = torch.float64
 STEPS = (48, 96, 192, 384)

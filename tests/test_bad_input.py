@@ -440,8 +440,8 @@ CASES = [
     ("prior of wrong shape", lambda: log_prob(steps=2, prior=lambda z: z), V, r"prior returned \[4, 2\] float32 for 4 samples; wanted .* \[4\]"),
     ("prior returns a float", lambda: log_prob(steps=2, prior=lambda z: 0.0), V, r"prior returned float for 4 samples; wanted their"),
     ("prior a number", lambda: log_prob(steps=2, prior=1.0), F, r"prior is float; wanted a callable z -> log-densities"),
-    ("probes 0", lambda: log_prob(steps=2, probes=0), V, r"probes is 0; wanted an integer of at least 1"),
-    ("chunk 0", lambda: log_prob(steps=2, chunk=0), V, r"chunk is 0; wanted an integer of at least 1"),
+    ("probes 0", lambda: log_prob(steps=2, divergence=s.divergence.rademacher(0)), V, r"k is 0; wanted an integer of at least 1"),
+    ("chunk 0", lambda: log_prob(steps=2, divergence=s.divergence.exact(0)), V, r"chunk is 0; wanted an integer of at least 1"),
     ("float images", lambda: s.bits_per_dim(MIX, X, steps=2, levels=4), F, r"images is \[4, 2\] float32; wanted integers 0 .. 3"),
     ("bool images", lambda: s.bits_per_dim(MIX, X > 0, steps=2, levels=2), F, r"images is \[4, 2\] bool; wanted integers 0 .. 1"),
     ("numpy images", lambda: s.bits_per_dim(MIX, IMAGES.numpy(), steps=2, levels=4), F, r"images is ndarray; wanted integers"),
@@ -449,7 +449,7 @@ CASES = [
     ("negative images", lambda: s.bits_per_dim(MIX, IMAGES - 1, steps=2, levels=4), V, r"images span -1 .. -1; wanted 0 .. 3: check levels="),
     ("levels 1", lambda: bits(levels=1), V, r"levels is 1; wanted an integer of at least 2"),
     ("samples 0", lambda: bits(samples=0), V, r"samples is 0; wanted an integer of at least 1"),
-    ("dequantization None", lambda: bits(dequantization=None), F, r"dequantization is NoneType; wanted a function \(noise, like\)"),
+    ("dequantization 3", lambda: bits(dequantization=3), F, r"dequantization is int 3; wanted Uniform\(\), TruncatedNormal\(\)"),
     ("Quantized upside down", lambda: s.Quantized(8, low=1.0, high=-1.0), V, r"high is -1.0; wanted a finite number in \(1, inf\)"),
     ("Quantized NaN", lambda: s.Quantized(8, low=NAN), V, r"low is nan; wanted a finite number"),
     ("Quantized levels a float", lambda: s.Quantized(8.0), F, r"levels is 8.0 \(float\); wanted an integer"),
@@ -686,10 +686,12 @@ def test_empty_batches_work(denoiser, microbatch):
         assert s.encode(denoiser, x, microbatch=microbatch, **budget).x.shape == (0, 2)
         assert s.decode(denoiser, x, microbatch=microbatch, **budget).x.shape == (0, 2)
         for probes in (None, 2):
-            found = s.log_prob(denoiser, x, probes=probes, microbatch=microbatch, **budget)
+            found = s.log_prob(denoiser, x, divergence=probes and s.divergence.rademacher(probes), microbatch=microbatch, **budget)
             assert found.value.shape == found.stderr.shape == (0,)
             assert found.latent.shape == (0, 2)
-            bits = s.bits_per_dim(denoiser, x.long(), levels=4, probes=probes, microbatch=microbatch, **budget)
+            bits = s.bits_per_dim(
+                denoiser, x.long(), levels=4, divergence=probes and s.divergence.rademacher(probes), microbatch=microbatch, **budget
+            )
             assert bits.each.shape == (0,)
             assert math.isnan(bits.value)
     assert s.dsm_loss(denoiser, x, Z(0) + 0.5, loss.edm).shape == (0,)

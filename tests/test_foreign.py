@@ -37,7 +37,7 @@ from scoresde import (
 )
 from scoresde.noise import brownian, seeded
 from scoresde.orders import affine_law, on_path, slopes
-from scoresde.sample import solve
+from scoresde.solve import solve
 from scoresde.solvers import foreign
 
 D = torch.float64
@@ -584,7 +584,7 @@ def test_the_adjoint_of_a_log_prob_is_its_gradient(probes):
     found = []
     for adjoint in (True, False):
         solver = TorchDiffEq("dopri5", 1e-8, 1e-8, adjoint=adjoint)
-        value = s.log_prob(denoiser, x, solver, probes=probes, seeds=range(3))
+        value = s.log_prob(denoiser, x, solver, divergence=probes and s.divergence.rademacher(probes), seeds=range(3))
         nfe = value.nfe, dict(value.ledger)
         found.append([value.value, *gradients(value.value.sum(), x, denoiser)])
         assert (value.nfe, value.ledger) == nfe

@@ -13,7 +13,6 @@ import scoresde
 
 ROOT = Path(scoresde.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-STEPS = {"sample", "solvers", "oracle", "grid", "denoiser", "linear", "noise", "parameterizations", "checks"}
 
 # A module (or package) and the modules it may import; itself is understood. What is not here is no module of the library.
 ARROWS = {
@@ -32,10 +31,14 @@ ARROWS = {
     "guidance": {"denoiser", "checks"},
     "oracle": {"denoiser", "linear", "noise", "parameterizations", "checks"},
     "solvers": {"oracle", "variables", "grid", "denoiser", "linear", "noise", "checks"},
-    "sample": (STEPS - {"sample"}) | {"variables"},
-    "likelihood": STEPS,
-    "pilot": {"sample", "solvers", "oracle", "denoiser", "grid", "linear", "variables", "checks"},
-    "orders": {"sample", "solvers", "denoiser", "noise", "grid", "checks"},
+    "divergence": {"noise", "checks"},
+    "solve": {"solvers", "oracle", "grid", "denoiser", "linear", "noise", "checks"},
+    "likelihood": {"solve", "divergence", "solvers", "grid", "denoiser", "linear", "noise", "checks"},
+    "sample": {"solve", "likelihood", "divergence", "solvers", "oracle", "grid", "variables", "denoiser", "checks"},
+    "bits": {"likelihood", "solve", "divergence", "solvers", "grid", "denoiser", "noise", "checks"},
+    "bounds": {"bits", "solve", "oracle", "grid", "denoiser", "linear", "noise", "checks"},
+    "pilot": {"sample", "solve", "solvers", "oracle", "denoiser", "grid", "linear", "variables", "checks"},
+    "orders": {"solve", "solvers", "denoiser", "noise", "grid", "checks"},
     "loss": {"denoiser", "linear", "noise", "checks"},
     "train": {"loss", "denoiser", "noise", "checks"},
     "checkpoint": {"nets", "parameterizations", "sde", "linear", "denoiser", "checks"},

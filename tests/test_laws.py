@@ -25,7 +25,7 @@ from scoresde import (
     variables,
 )
 from scoresde.noise import seeded
-from scoresde.sample import chunks, plan
+from scoresde.solve import chunks, plan
 from scoresde.solvers.corrector import Hold
 
 SDES = every_sde()

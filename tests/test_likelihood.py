@@ -7,8 +7,8 @@ import torch
 from laws import SIX, D, every_sde, mixture
 
 import scoresde as s
-from scoresde import EDM, VP, Gaussian, Heun, Mixture, TorchDiffEq
-from scoresde.likelihood import Quantized
+from scoresde import EDM, VP, Gaussian, Heun, Mixture, Quantized, TorchDiffEq
+from scoresde.divergence import exact, rademacher
 from scoresde.noise import seeded
 
 SDES = every_sde()
@@ -117,7 +117,13 @@ def test_the_ledger_has_two_passes_a_derivative():
     """Exact: D vector-Jacobian products an evaluation, 2 forward-equivalents each; k probes: 2 k."""
     for law, x in ((mixture(VP()), torch.zeros(5, 2, dtype=D)), (unet(), IMAGES)):
         d = x[0].numel()
-        for kwargs, each in (({}, 2 * d), ({"probes": 1}, 2), ({"probes": 3}, 6), ({"chunk": 1}, 2 * d), ({"chunk": 3}, 2 * d)):
+        for kwargs, each in (
+            ({}, 2 * d),
+            ({"divergence": rademacher(1)}, 2),
+            ({"divergence": rademacher(3)}, 6),
+            ({"divergence": exact(1)}, 2 * d),
+            ({"divergence": exact(3)}, 2 * d),
+        ):
             for solver, nfe in ((Heun(), 8), (s.Euler(), 4)):
                 found = s.log_prob(law, x, solver, steps=4, seeds=range(len(x)), **kwargs)
                 assert found.nfe == nfe
@@ -130,14 +136,14 @@ def test_the_ledger_does_not_count_padding():
     law = mixture(VP())
     for rows in (1, 4, 7):
         for probes in (None, 2):
-            found = s.log_prob(law, torch.zeros(rows, 2, dtype=D), steps=5, probes=probes, microbatch=4)
+            found = s.log_prob(law, torch.zeros(rows, 2, dtype=D), steps=5, divergence=probes and rademacher(probes), microbatch=4)
             assert found.ledger["divergence"] == pytest.approx(4 * found.nfe)
             assert found.ledger["network"] == pytest.approx(found.nfe)
 
 
 def test_chunks_of_the_divergence_agree():
     model = unet()
-    values = [s.log_prob(model, IMAGES, steps=3, chunk=chunk).value for chunk in (1, 5, 16, 64)]
+    values = [s.log_prob(model, IMAGES, steps=3, divergence=exact(chunk)).value for chunk in (1, 5, 16, 64)]
     for value in values[1:]:
         assert torch.allclose(value, values[0], rtol=1e-12)
 
@@ -168,7 +174,7 @@ def test_probes_are_unbiased(solver, kwargs):
     exact = s.log_prob(law, x[:1], solver, **kwargs).value
     slack = 0.0 if solver.adaptive is False else 2e-3  # an adaptive step size depends on the probes, to the tolerance
     for k in (1, 4):
-        found = s.log_prob(law, x, solver, probes=k, seeds=range(n), **kwargs)
+        found = s.log_prob(law, x, solver, divergence=rademacher(k), seeds=range(n), **kwargs)
         spread = float(found.value.std())
         assert spread > 0.01
         assert abs(float(found.value.mean() - exact)) < 5 * spread / math.sqrt(n) + slack
@@ -180,14 +186,16 @@ def test_probes_are_unbiased(solver, kwargs):
 
 def test_probes_of_a_seed_are_its_own():
     law, x, _ = problem("VP", 9)
-    whole = s.log_prob(law, x, steps=6, probes=3, seeds=range(9))
-    part = s.log_prob(law, x[2:5], steps=6, probes=3, seeds=range(2, 5))
+    whole = s.log_prob(law, x, steps=6, divergence=rademacher(3), seeds=range(9))
+    part = s.log_prob(law, x[2:5], steps=6, divergence=rademacher(3), seeds=range(2, 5))
     assert (part.value - whole.value[2:5]).abs().max() < 1e-12
     assert (part.stderr - whole.stderr[2:5]).abs().max() < 1e-12
-    other = s.log_prob(law, x, steps=6, probes=3, seeds=range(9, 18))
+    other = s.log_prob(law, x, steps=6, divergence=rademacher(3), seeds=range(9, 18))
     assert not torch.equal(other.value, whole.value)
     assert torch.equal(other.latent, whole.latent)
-    a, b = (s.log_prob(law, x, steps=6, probes=3, generator=torch.Generator().manual_seed(1)).value for _ in range(2))
+    a, b = (
+        s.log_prob(law, x, steps=6, divergence=rademacher(3), generator=torch.Generator().manual_seed(1)).value for _ in range(2)
+    )
     assert torch.equal(a, b)
 
 
@@ -195,7 +203,7 @@ def test_a_diagonal_jacobian_needs_one_probe():
     """Rademacher probes: p' J p = tr J for a diagonal J, whatever the signs."""
     law = Gaussian(VP(), torch.zeros(3, dtype=D), torch.tensor([0.2, 0.5, 1.0], dtype=D))
     x = seeded(range(4)).initial((4, 3), D)
-    exact, probed = (s.log_prob(law, x, steps=8, probes=p, seeds=range(4)) for p in (None, 2))
+    exact, probed = (s.log_prob(law, x, steps=8, divergence=p, seeds=range(4)) for p in (None, rademacher(2)))
     assert torch.allclose(probed.value, exact.value, rtol=1e-12)
     assert probed.stderr.abs().max() < 1e-12
     assert exact.stderr.tolist() == [0.0] * 4
@@ -205,7 +213,7 @@ def test_a_diagonal_jacobian_needs_one_probe():
 @pytest.mark.parametrize("probes", [None, 2])
 def test_rows_do_not_depend_on_their_mates_at_a_fixed_microbatch(probes):
     for law, x in ((mixture(VP()), problem("VP", 9)[1]), (unet(), seeded(range(9)).initial((9, 1, 4, 4), D))):
-        kwargs = {"solver": Heun(), "steps": 3, "probes": probes, "microbatch": 4}
+        kwargs = {"solver": Heun(), "steps": 3, "divergence": probes and rademacher(probes), "microbatch": 4}
         whole = s.log_prob(law, x, seeds=range(9), **kwargs)
         part = s.log_prob(law, x[:6], seeds=range(6), **kwargs)
         assert torch.equal(part.value, whole.value[:6])
@@ -222,7 +230,7 @@ def test_gradients_with_respect_to_x(probes):
     law = mixture(VP())
     x = problem("VP", 3)[1].requires_grad_()
     seeds = None if probes is None else range(3)
-    value = lambda v: s.log_prob(law, v, Heun(), steps=3, probes=probes, seeds=seeds).value
+    value = lambda v: s.log_prob(law, v, Heun(), steps=3, divergence=probes and rademacher(probes), seeds=seeds).value
     assert torch.autograd.gradcheck(value, (x,), eps=1e-6, atol=1e-6)
     assert not s.log_prob(law, x.detach(), steps=3).value.requires_grad
     with torch.no_grad():
@@ -272,7 +280,7 @@ def test_uniform_levels_cost_log2_of_their_number(levels):
     assert -0.005 < found.value - math.log2(levels) < 0.02
     assert found.each.shape == (len(images),)
     assert found.value == pytest.approx(float(found.each.mean()))
-    assert found.dequantization == "uniform"
+    assert found.dequantization == "Uniform()"
 
 
 def test_the_arithmetic_by_hand():
@@ -280,7 +288,7 @@ def test_the_arithmetic_by_hand():
     law = Gaussian(VP(), torch.zeros(1, 2, 2, dtype=D), 0.7)
     first, last = ends(law.sde)
     images = torch.arange(12).reshape(3, 1, 2, 2) % 5
-    quarter = lambda noise, like: (like + 0.25, torch.full((len(like),), 0.3, dtype=like.dtype))
+    quarter = lambda noise, like, cell, rho: (0 * like + 0.25, torch.full((len(like),), 0.3, dtype=like.dtype))
     for low, high in ((-1.0, 1.0), (0.0, 1.0)):
         kwargs = {"levels": 5, "low": low, "high": high, "dtype": D, "prior": lambda z: law.log_prob(z, last)}
         found = s.bits_per_dim(law, images, TorchDiffEq("dopri8", 1e-7, 1e-7), dequantization=quarter, **kwargs)
@@ -320,7 +328,7 @@ def test_more_draws_of_u_are_averaged_and_seeds_repeat_them():
     assert torch.allclose(part.each, a.each[1:3], rtol=1e-12)
     fresh = [s.bits_per_dim(law, images, **kwargs).value for _ in range(2)]
     assert fresh[0] != fresh[1]
-    probed = s.bits_per_dim(law, images, seeds=range(4), probes=2, **kwargs)
+    probed = s.bits_per_dim(law, images, seeds=range(4), divergence=rademacher(2), **kwargs)
     assert torch.allclose(probed.each, one.each, rtol=1e-9)  # an isotropic Gaussian has a diagonal Jacobian
     assert probed.ledger["divergence"] == 4 * probed.nfe
 
@@ -368,11 +376,11 @@ def test_a_callable_without_gradient_is_told_of():
 def test_every_draw_of_u_has_probes_of_its_own():
     law = Gaussian(VP(), torch.zeros(2, dtype=D), 0.5)
     images = torch.randint(0, 4, (4, 2), generator=torch.Generator().manual_seed(0))
-    fixed = lambda noise, like: (torch.full_like(like, 0.5), like.new_zeros(len(like)))
+    fixed = lambda noise, like, cell, rho: (torch.full_like(like, 0.5), like.new_zeros(len(like)))
     correlated = Mixture(VP(), torch.zeros(1, 2, dtype=D), covariance=torch.tensor([[[0.5, 0.4], [0.4, 0.5]]], dtype=D))
-    kwargs = {"levels": 4, "dequantization": fixed, "steps": 10, "probes": 1, "seeds": range(4), "dtype": D}
+    kwargs = {"levels": 4, "dequantization": fixed, "steps": 10, "divergence": rademacher(1), "seeds": range(4), "dtype": D}
     one, two = (s.bits_per_dim(correlated, images, samples=n, **kwargs) for n in (1, 2))
     assert not torch.equal(one.each, two.each)
     assert two.nfe == 2 * one.nfe
     with pytest.raises(ValueError, match="log q"):
-        s.bits_per_dim(law, images, levels=4, dequantization=lambda noise, like: (like, like[:, :1]), steps=2)
+        s.bits_per_dim(law, images, levels=4, dequantization=lambda noise, like, cell, rho: (0 * like, like[:, :1]), steps=2)

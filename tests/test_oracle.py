@@ -8,7 +8,7 @@ from torch import nn
 import scoresde as s
 from scoresde import Oracle
 from scoresde.noise import seeded
-from scoresde.sample import solve
+from scoresde.solve import solve
 
 VP = s.VP()
 T = torch.tensor(0.5, dtype=D)

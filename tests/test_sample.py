@@ -297,8 +297,8 @@ ACTS = {
     "sample by generator": lambda: s.sample(MIX, (4, 2), s.Ancestral(), steps=3, generator=torch.Generator()),
     "adaptive": lambda: s.sample(MIX, (4, 2), s.TorchDiffEq()),
     "encode": lambda: s.encode(MIX, X0, steps=3),
-    "log_prob": lambda: [s.log_prob(MIX, X0, steps=3, probes=p) for p in (None, 2)],
-    "bits_per_dim": lambda: s.bits_per_dim(MIX, X0.long(), steps=3, levels=4, probes=1, samples=2),
+    "log_prob": lambda: [s.log_prob(MIX, X0, steps=3, divergence=p) for p in (None, s.divergence.rademacher(2))],
+    "bits_per_dim": lambda: s.bits_per_dim(MIX, X0.long(), steps=3, levels=4, divergence=s.divergence.rademacher(1), samples=2),
     "exact.sample": lambda: [MIX.sample(4), s.Empirical(VP, X0).sample(4, torch.tensor(0.5, dtype=D))],
     "dsm_loss": lambda: s.dsm_loss(MIX, X0, torch.tensor(0.5, dtype=D), loss.edm),
     "nets": lambda: [s.MLP(2, seed=seed) for seed in (0, None)] + [s.UNet((1, 4, 4), channels=8, seed=seed) for seed in (0, None)],
@@ -347,7 +347,7 @@ def test_inference_mode_gives_the_same(model):
         lambda: s.encode(model, x, steps=4).x,
         lambda: s.log_prob(model, x, steps=4).value,
         lambda: s.log_prob(model, x, s.TorchDiffEq(rtol=1e-3, atol=1e-3)).value,
-        lambda: s.log_prob(model, x, steps=4, probes=2, seeds=range(3)).value,
+        lambda: s.log_prob(model, x, steps=4, divergence=s.divergence.rademacher(2), seeds=range(3)).value,
         lambda: s.bits_per_dim(model, torch.ones(3, 2).long(), steps=4, levels=4, seeds=range(3)).each,
         lambda: model.sde.diffusion(torch.tensor(0.5, dtype=D)),
     ]
@@ -372,7 +372,7 @@ def test_networks_may_run_in_half_precision(net, dtype):
     assert b.dtype == torch.float32
     assert b.isfinite().all()
     assert (a - b).abs().max() < (0.01 if dtype == torch.float16 else 0.1) * (1 + float(a.abs().max()))
-    value = s.log_prob(half, a, steps=2, probes=1, seeds=range(3)).value
+    value = s.log_prob(half, a, steps=2, divergence=s.divergence.rademacher(1), seeds=range(3)).value
     assert value.dtype == torch.float32
     assert value.isfinite().all()
 

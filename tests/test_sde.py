@@ -8,7 +8,7 @@ from scipy.integrate import quad
 
 from scoresde import EDM, VE, VP, Ancestral, DiscreteVP, LinearSDE, Rectified, SubVP, Tabulated, Wrapped, grid, sample
 from scoresde.noise import seeded
-from scoresde.sample import solve
+from scoresde.solve import solve
 
 SDES = every_sde()
 

@@ -45,7 +45,7 @@ from scoresde import (
 )
 from scoresde.noise import CORRECTOR, DATA, brownian, gaussian, seeded
 from scoresde.orders import affine_law, on_path, slopes, strong_errors
-from scoresde.sample import solve
+from scoresde.solve import solve
 from scoresde.solvers import Band, Multistep, Solver, exact
 from scoresde.solvers.base import Around
 

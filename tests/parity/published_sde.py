@@ -23,7 +23,7 @@ from torch import Tensor
 
 import scoresde
 from scoresde.noise import CORRECTOR, Noise
-from scoresde.sample import solve
+from scoresde.solve import solve
 
 D = torch.float64
 RHO = karras(12)
