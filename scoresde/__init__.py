@@ -6,6 +6,7 @@ The names here are the whole everyday vocabulary; the modules hold the functions
 
 from . import checkpoint, divergence, grid, loss, metrics, nets, noise, orders, parameterizations, solvers, variables
 from .bits import BitsPerDim, Importance, Quantized, TruncatedNormal, Uniform, bits_per_dim
+from .bounds import Elbo, elbo
 from .checks import NonFiniteError, Status, UnfinishedError
 from .denoiser import Denoiser, Preconditioned, Wrapped, flow, reverse_drift
 from .exact import Empirical, Gaussian, Mixture
@@ -68,11 +69,11 @@ __all__ = [
     "DDIM", "DEIS", "EDM", "EMA", "ERSDE", "IPNDM", "MALA", "MLP", "RK4", "SDE", "SEEDS", "SRA1", "SRA3", "VE", "VP",
     "AdamsBashforth", "AdamsMoulton", "Adaptive", "AdaptiveSDE", "Ancestral", "AnnealedLangevin", "Band", "BitsPerDim",
     "Churn", "Clipped", "Cosine", "DPMAdaptive", "DPMSolver", "DPMSolverPP", "Denoiser", "DiscreteVP", "Dopri5", "Dopri8",
-    "Empirical", "Euler", "EulerMaruyama", "Frozen", "Gaussian", "Heun", "Importance", "ImprovedEuler", "Langevin",
+    "Elbo", "Empirical", "Euler", "EulerMaruyama", "Frozen", "Gaussian", "Heun", "Importance", "ImprovedEuler", "Langevin",
     "LinearSDE", "LogProb", "Mixture", "NonFiniteError", "Oracle", "Preconditioned", "Prediction", "PredictorCorrector",
     "Quantized", "Rectified", "Restart", "ReverseDiffusion", "SASolver", "SDEDPMSolverPP", "ScipyIVP", "Solution", "Solver",
     "Status", "Step", "StochasticHeun", "StochasticSolver", "SubVP", "Tabulated", "Thresholded", "TorchDiffEq", "TorchSDE",
     "TruncatedNormal", "UNet", "UnfinishedError", "UniPC", "Uniform", "Wrapped", "bits_per_dim", "checkpoint", "decode",
-    "divergence", "dsm_loss", "encode", "fit", "flow", "freeze", "grid", "log_prob", "loss", "metrics", "nets", "noise",
-    "orders", "parameterizations", "reverse_drift", "sample", "slerp", "solvers", "trajectory", "variables",
+    "divergence", "dsm_loss", "elbo", "encode", "fit", "flow", "freeze", "grid", "log_prob", "loss", "metrics", "nets",
+    "noise", "orders", "parameterizations", "reverse_drift", "sample", "slerp", "solvers", "trajectory", "variables",
 ]  # fmt: skip

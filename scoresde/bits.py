@@ -119,14 +119,15 @@ class BitsPerDim:
     """A bound on -log2 P(image) / D, and its parts.
 
     value: mean over images; stderr: of it, over images; stderr_noise: of it, over the draws of u and of probes for these images (nan
-    for one sample); each `[N]`; log_prob `[N]`: mean log p(x0) in nats, x0 = low + (k + u) cell, and log_det the nats that carry it to k,
-    D log cell; nfe, ledger: an image's, all draws; t_min: the time whose density it is.
+    for one sample); each `[N]`, and each_stderr over its draws; log_prob `[N]`: mean log p(x0) in nats, x0 = low + (k + u) cell, and
+    log_det the nats that carry it to k, D log cell; nfe, ledger: an image's, all draws; t_min: the time whose density it is.
     """
 
     value: float
     stderr: float
     stderr_noise: float
     each: Tensor = field(repr=False)
+    each_stderr: Tensor = field(repr=False)
     log_prob: Tensor = field(repr=False)
     log_det: float
     nfe: int
@@ -190,14 +191,16 @@ def bits_per_dim(
     each = bits.mean(0)
     if bool((each < 0).any()):
         warnings.warn(
-            f"{int((each < 0).sum())} of {len(each)} images have negative bits/dim, which no discrete image can: the solve is too coarse "
-            "(double its steps until the value stands still), or the data are not the cells of [low, high]",
+            f"{int((each < 0).sum())} of {len(each)} images have negative bits/dim, which no discrete image can but by the luck of a "
+            "draw of u: the solve is too coarse (double its steps until the value stands still), or the data are not the cells of "
+            "[low, high], or the model puts its mass on points of the cells (TruncatedNormal())",
             stacklevel=2,
         )
     n, nan = len(each), float("nan")
+    spread = bits.std(0) / samples**0.5 if samples > 1 else torch.full_like(each, nan)
     return BitsPerDim(
         value=float(each.mean()), stderr=float(each.std() / n**0.5) if n > 1 else nan,
-        stderr_noise=float(bits.var(0).sum().sqrt() / samples**0.5 / n) if samples > 1 and n else nan, each=each,
+        stderr_noise=float(spread.norm()) / n if n else nan, each=each, each_stderr=spread,
         log_prob=torch.stack(densities).mean(0), log_det=d * cells.log_det, nfe=nfe_all, ledger=dict(ledger),
         dequantization=getattr(dequantization, "__name__", repr(dequantization)), divergence=found.divergence, samples=samples,
         t_min=float(sde.t_min),

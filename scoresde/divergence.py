@@ -22,11 +22,16 @@ class Mode:
     """How the derivatives of a network are taken, kept for a solve: `name`, forward or reverse.
 
     wanted: a mode, or None for reverse on a CPU, where it is the faster one (`benchmarks/likelihood.py`), and elsewhere forward, which
-    keeps no graph, or reverse from the first operation on that has no forward derivative or cannot be batched.
+    keeps no graph, or reverse from the first operation on that has no forward derivative or cannot be batched. Where gradients are kept
+    (grad is enabled) it is reverse: torch's layer_norm has a forward derivative whose own gradient is wrong, without a word (2.13).
     """
 
     def __init__(self, wanted: str | None, device: torch.device) -> None:
-        self.name = wanted or ("reverse" if device.type == "cpu" else "forward")
+        if wanted == "forward" and torch.is_grad_enabled():
+            raise ValueError(
+                "mode='forward' has no gradients that can be relied on; use mode='reverse', or do without differentiable"
+            )
+        self.name = wanted or ("reverse" if device.type == "cpu" or torch.is_grad_enabled() else "forward")
         self.fixed = wanted is not None
         self.batched = True  # several vectors in one pass back
 
@@ -35,7 +40,7 @@ class Jacobian:
     """x0 = f(x) and, as a function, its products with vectors v `[k, B, *shape]`: J v (forward mode) or J' v (reverse), of that shape.
 
     One pass of the network gives x0 and the first products. record: told of the cost, 1 a product forward and 2 back, and of passes
-    that a second call repeats (forward mode; reverse mode keeps the graph). Gradients flow through both where grad is enabled.
+    that a second call repeats (forward mode; reverse mode keeps the graph). Gradients flow through both where grad is enabled (`Mode`).
     """
 
     def __init__(self, f: Callable[[Tensor], Tensor], x: Tensor, mode: Mode, record: Callable[[str, float], None]) -> None:
@@ -62,7 +67,8 @@ class Jacobian:
         return self._reverse(vectors)
 
     def _forward(self, vectors: Tensor) -> Tensor:
-        jvp: Any = lambda v: torch.func.jvp(self.f, (self.x,), (v,))
+        x = self.x.contiguous()  # an expanded one cannot be dual
+        jvp: Any = lambda v: torch.func.jvp(self.f, (x,), (v,))
         if len(vectors) == 1:
             x0, product = jvp(vectors[0])
             products = product[None]

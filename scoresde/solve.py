@@ -194,6 +194,15 @@ def noise_of(
     return noise, seeds
 
 
+def check_labels(denoiser: Denoiser, rows: int) -> None:
+    """ValueError unless the labels that a denoiser holds, if any, are one a row."""
+    for m in denoiser.modules():
+        if isinstance(m, Preconditioned) and m.cond is not None and len(m.cond) != rows:
+            raise ValueError(
+                f"the denoiser holds {len(m.cond)} labels for {rows} samples; wanted one a sample: condition(labels [B])"
+            )
+
+
 Finish = Callable[[Oracle, Tensor, Tensor], Tensor]
 
 
@@ -204,11 +213,7 @@ def solve(
 ) -> Solution:  # fmt: skip
     """Run the loop over x `[B, *shape]` in pieces of `microbatch` rows and put the pieces together; `finish` maps the last state."""
     rows = x.shape[0]
-    for m in denoiser.modules():
-        if isinstance(m, Preconditioned) and m.cond is not None and len(m.cond) != rows:
-            raise ValueError(
-                f"the denoiser holds {len(m.cond)} labels for {rows} samples; wanted one a sample: condition(labels [B])"
-            )
+    check_labels(denoiser, rows)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     ledger: dict[str, float] = {}
     for index, kept in chunks(rows, microbatch):

@@ -405,7 +405,10 @@ def test_probes_stay_with_their_rows():
     """One set a sample for the whole solve, whoever has left: as alone, and for any microbatch."""
     law = mixture(VP)
     x = law.sample(7, torch.tensor(VP.t_min, dtype=D), seeds=range(7))
-    values = [s.log_prob(law, x, Dopri5(), divergence=s.divergence.rademacher(2), seeds=range(7), microbatch=m).value for m in (None, 2, 3)]
+    values = [
+        s.log_prob(law, x, Dopri5(), divergence=s.divergence.rademacher(2), seeds=range(7), microbatch=m).value
+        for m in (None, 2, 3)
+    ]
     assert (values[0] - values[1]).abs().max() < 1e-9
     assert (values[0] - values[2]).abs().max() < 1e-9
     alone = s.log_prob(law, x[3:4], Dopri5(), divergence=s.divergence.rademacher(2), seeds=[3]).value

@@ -449,7 +449,7 @@ CASES = [
     ("negative images", lambda: s.bits_per_dim(MIX, IMAGES - 1, steps=2, levels=4), V, r"images span -1 .. -1; wanted 0 .. 3: check levels="),
     ("levels 1", lambda: bits(levels=1), V, r"levels is 1; wanted an integer of at least 2"),
     ("samples 0", lambda: bits(samples=0), V, r"samples is 0; wanted an integer of at least 1"),
-    ("dequantization 3", lambda: bits(dequantization=3), F, r"dequantization is int 3; wanted Uniform\(\), TruncatedNormal\(\)"),
+    ("dequantization 3", lambda: bits(dequantization=3), F, r"dequantization is int; wanted Uniform\(\), TruncatedNormal\(\)"),
     ("Quantized upside down", lambda: s.Quantized(8, low=1.0, high=-1.0), V, r"high is -1.0; wanted a finite number in \(1, inf\)"),
     ("Quantized NaN", lambda: s.Quantized(8, low=NAN), V, r"low is nan; wanted a finite number"),
     ("Quantized levels a float", lambda: s.Quantized(8.0), F, r"levels is 8.0 \(float\); wanted an integer"),

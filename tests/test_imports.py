@@ -17,6 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A module (or package) and the modules it may import; itself is understood. What is not here is no module of the library.
 ARROWS = {
     "checks": set(),
+    "images": set(),
     "philox": set(),
     "nets": {"checks"},
     "metrics": {"checks"},
@@ -43,12 +44,13 @@ ARROWS = {
     "train": {"loss", "denoiser", "noise", "checks"},
     "checkpoint": {"nets", "parameterizations", "sde", "linear", "denoiser", "checks"},
 }
-TOP = {"compare", "figures", "demo", "cli"}  # these may import anything below and, going up, each the ones before it
-ORDER = ("figures", "compare", "demo", "cli")
+# These may import anything below and, going up, each the ones before it.
+TOP = {"compare", "figures", "resume", "evaluate", "demo", "cli"}
+ORDER = ("figures", "compare", "resume", "evaluate", "demo", "cli")
 OUTSIDE = {"torch", "numpy", "scipy", "torchdiffeq", "torchsde", "safetensors", "tqdm"}
 NARROW = {"nets": {"torch", "numpy"}, "metrics": {"torch", "numpy", "scipy"}}
-LAZY = {"matplotlib", "sklearn"}  # extras: in these modules alone, and inside functions
-LAZY_IN = {"figures", "demo"}
+LAZY = {"matplotlib", "sklearn", "PIL"}  # extras: in these modules alone, and inside functions
+LAZY_IN = {"figures", "demo", "images"}
 
 
 def module_of(path):

@@ -1,6 +1,7 @@
 """Likelihoods: against closed forms, against the integral of the density, and against each other."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from laws import SIX, D, every_sde, mixture
 
 import scoresde as s
 from scoresde import EDM, VP, Gaussian, Heun, Mixture, Quantized, TorchDiffEq
-from scoresde.divergence import exact, rademacher
+from scoresde.divergence import coloured, exact, rademacher
 from scoresde.noise import seeded
 
 SDES = every_sde()
@@ -384,3 +385,308 @@ def test_every_draw_of_u_has_probes_of_its_own():
     assert two.nfe == 2 * one.nfe
     with pytest.raises(ValueError, match="log q"):
         s.bits_per_dim(law, images, levels=4, dequantization=lambda noise, like, cell, rho: (0 * like, like[:, :1]), steps=2)
+
+
+# --- how exact -----------------------------------------------------------------------------------------------------------
+@cache
+def learned():
+    """A network of 2-D data, trained a little: an energetic stranger, not the mixture's own score."""
+    net = s.MLP(2, width=24, depth=2).double()
+    model = s.Preconditioned(net, VP())
+    law, generator = mixture(VP()), torch.Generator().manual_seed(0)
+    batches = (law.sample(128, seeds=range(128 * i, 128 * i + 128)) for i in range(60))
+    for _ in s.fit(model, batches, optimizer=torch.optim.Adam(net.parameters(), lr=3e-3), generator=generator):
+        pass
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["a law of one number", "a learned model"])
+def test_other_densities_integrate_to_one(kind):
+    if kind == "a learned model":
+        model = learned()
+        axis = torch.linspace(-6, 6, 51, dtype=D)
+        points, cell = torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
+    else:
+        model = Mixture(s.SubVP(), torch.tensor([[-0.5], [0.8]], dtype=D), torch.tensor([0.1, 0.4], dtype=D))
+        points = torch.linspace(-3, 3, 401, dtype=D)[:, None]
+        cell = float(points[1] - points[0])
+    found = s.log_prob(model, points, s.DPMSolverPP(3), steps=200)
+    assert abs(float(found.value.exp().sum()) * cell - 1) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "solver", [None, Heun(), s.DPMSolverPP(2), s.Dopri5(1e-4, 1e-4), TorchDiffEq(rtol=1e-4, atol=1e-4)], ids=repr
+)
+@pytest.mark.parametrize("name", ["VP", "VE"])
+def test_the_stated_solver_error_is_about_the_true_one(name, solver):
+    """Over 64 points: in the root mean square neither much above it nor far below; a single one may be off where the error changes sign."""
+    law, x, truth = problem(name, 64)
+    _, last = ends(law.sde)
+    budget = {} if solver is not None and solver.adaptive else {"nfe": 48}
+    found = s.log_prob(law, x, solver, prior=lambda z: law.log_prob(z, last), solver_error=True, **budget)
+    error = (found.value - truth).abs()
+    stated, true = (float(e.square().mean().sqrt()) for e in (found.solver_error, error))
+    assert true / 3 <= stated <= 30 * true
+    assert float((error > 5 * found.solver_error + 1e-7).double().mean()) <= 0.2
+    assert found.ledger["solver_error"] > 0
+    plain = s.log_prob(law, x, solver, prior=lambda z: law.log_prob(z, last), **budget)
+    assert torch.equal(plain.value, found.value)
+    assert plain.solver_error is None
+    assert plain.nfe == found.nfe
+
+
+def test_the_solver_error_has_no_noise_of_probes():
+    """With random probes it is that of the path they share: far below stderr, and a seed's own."""
+    law, x, _ = problem("VP", 8)
+    kwargs = {"nfe": 48, "solver_error": True, "microbatch": 4}
+    found = s.log_prob(law, x, divergence=rademacher(2), seeds=range(8), **kwargs)
+    assert found.solver_error.median() < 0.3 * found.stderr.median()
+    assert torch.equal(
+        s.log_prob(law, x[4:], divergence=rademacher(2), seeds=range(4, 8), **kwargs).solver_error, found.solver_error[4:]
+    )
+    assert (
+        s.log_prob(law, x, divergence=rademacher(2), generator=torch.Generator().manual_seed(0), **kwargs)
+        .solver_error.isfinite()
+        .all()
+    )
+    with pytest.raises(ValueError, match="halves the steps"):
+        s.log_prob(law, x, Heun(), steps=1, solver_error=True)
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_the_stated_mismatch_bounds_that_of_the_prior(name):
+    """E[log p_T(z) - log prior(z)] over data = KL(p_T || prior) <= prior_mismatch, which is not far above it for data about 0."""
+    law, x, _ = problem(name, 400)
+    _, last = ends(law.sde)
+    found = s.log_prob(law, x, nfe=24)
+    z = law.sample(20000, last, seeds=range(20000))
+    gap = law.log_prob(z, last) - law.sde.prior_log_prob(z)
+    slack = 5 * float(gap.std()) / 20000**0.5
+    assert float(gap.mean()) <= found.prior_mismatch + slack
+    assert found.prior_mismatch < 0.03
+    assert math.isnan(s.log_prob(law, x[:4], nfe=8, prior=lambda z: law.log_prob(z, last)).prior_mismatch)
+
+
+def test_the_mismatch_of_a_point_is_in_closed_form():
+    """KL(N(alpha m, sigma^2 I) || N(0, sigma^2 I)) = alpha^2 |m|^2 / (2 sigma^2)."""
+    law = Gaussian(VP(), torch.tensor([1.0, 2.0], dtype=D), 0.0)
+    first, last = ends(law.sde)
+    x = law.sample(100_000, first, seeds=range(100_000))
+    from scoresde.likelihood import prior_mismatch
+
+    truth = float((law.sde.alpha(last) / law.sde.sigma(last)) ** 2) * 5 / 2
+    assert prior_mismatch(law.sde, x, first) == pytest.approx(truth, rel=1e-3)
+
+
+# --- large events --------------------------------------------------------------------------------------------------------
+def in_64_dimensions(sde):
+    means = 0.5 * seeded(range(3)).initial((3, 64), D)
+    factor = seeded(range(10, 13)).initial((3, 64, 64), D) / 12
+    return Mixture(sde, means, covariance=factor @ factor.mT + 0.05 * torch.eye(64, dtype=D))
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_64_dimensions_to_1e_7_nats_a_dimension(name, record_property):
+    law = in_64_dimensions(SDES[name])
+    first, last = ends(law.sde)
+    x = law.sample(2, first, seeds=range(2))
+    found = s.log_prob(law, x, s.Dopri8(1e-8, 1e-8), prior=lambda z: law.log_prob(z, last))
+    error = float((found.value - law.log_prob(x, first)).abs().max()) / 64
+    record_property("error", error)
+    assert error <= 1e-7
+
+
+def low_rank(sde):
+    factor = seeded(range(8)).initial((8, 3, 32, 32), D).movedim(0, -1) / 16
+    return Gaussian.low_rank(sde, 0.3 * seeded([9]).initial((1, 3, 32, 32), D)[0], factor, 0.4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIX)
+def test_images_of_3072_numbers_to_1e_7_nats_a_dimension(name, record_property):
+    """A Gaussian of low rank on (3, 32, 32), the exact divergence of 3,072 products."""
+    law = low_rank(SDES[name])
+    first, last = ends(law.sde)
+    x = law.sample(1, first, seeds=[0])
+    found = s.log_prob(law, x, s.Dopri8(1e-6, 1e-6), prior=lambda z: law.log_prob(z, last), divergence=exact(1024))
+    error = float((found.value - law.log_prob(x, first)).abs().max()) / 3072
+    record_property("error", error)
+    print(name, error, found.nfe)
+    assert error <= 1e-7
+    assert found.ledger["divergence"] == 2 * 3072 * (found.nfe if "rejected" not in found.ledger else found.ledger["score"])
+
+
+def test_large_events_have_random_probes_unless_told():
+    law = low_rank(VP())
+    first, _ = ends(law.sde)
+    x = law.sample(2, first, seeds=range(2))
+    found = s.log_prob(law, x, seeds=range(2))
+    assert found.divergence == repr(s.divergence.default((3, 32, 32)))
+    assert (found.stderr > 0).all()
+    assert 64 <= found.nfe <= 66
+    assert ((found.value - law.log_prob(x, first)).abs() < 6 * found.stderr + 1).all()
+
+
+# --- the density of samples ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SIX)
+def test_samples_come_with_their_density(name):
+    law, *_ = problem(name, 1)
+    first, last = ends(law.sde)
+    tight = s.Dopri8(1e-8, 1e-8)
+    found = s.sample(law, (16, 2), tight, log_prob=True, seeds=range(16), dtype=D)
+    back = s.log_prob(law, found.x, tight)
+    assert (found.log_prob.value - back.value).abs().max() < 1e-6
+    assert (found.log_prob.latent - back.latent).abs().max() < 1e-5 * law.sde.prior_std()
+    plain = s.sample(law, (16, 2), tight, seeds=range(16), dtype=D, denoise=False)
+    assert (plain.x - found.x).abs().max() < 1e-6
+    truth = law.log_prob(found.x, first) + law.sde.prior_log_prob(back.latent) - law.log_prob(back.latent, last)
+    assert (found.log_prob.value - truth).abs().max() < 1e-6
+    assert found.seeds == range(16)
+
+
+def test_the_density_of_samples_in_its_variants():
+    model = unet()
+    for kwargs in (
+        {"nfe": 12},
+        {"steps": 6, "solver": Heun()},
+        {"nfe": 24, "divergence": rademacher(2)},
+        {"nfe": 8, "microbatch": 2},
+    ):
+        found = s.sample(model, (3, 1, 4, 4), log_prob=True, seeds=range(3), dtype=D, **kwargs)
+        assert found.x.shape == (3, 1, 4, 4)
+        assert found.log_prob.value.shape == (3,)
+        assert found.log_prob.latent.shape == found.x.shape
+        assert (found.log_prob.stderr > 0).all() == ("divergence" in kwargs)
+        assert found.nfe == found.log_prob.nfe
+    plain = s.sample(model, (3, 1, 4, 4), Heun(), steps=6, grid=s.grid.logsnr, denoise=False, seeds=range(3), dtype=D)
+    again = s.sample(model, (3, 1, 4, 4), Heun(), steps=6, log_prob=True, seeds=range(3), dtype=D)
+    assert torch.allclose(again.x, plain.x, rtol=1e-10, atol=1e-12)
+    with torch.inference_mode():
+        assert torch.equal(
+            s.sample(model, (3, 1, 4, 4), Heun(), steps=6, log_prob=True, seeds=range(3), dtype=D).log_prob.value,
+            again.log_prob.value,
+        )
+    for kwargs, words in (
+        ({"denoise": True}, "drop one"),
+        ({"solver": s.Ancestral()}, "no inverse and no density"),
+        ({"times": torch.tensor([0.5, 0.1])}, "no prior"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            s.sample(model, (3, 1, 4, 4), log_prob=True, **({"nfe": 9} if "times" not in kwargs else {}), **kwargs)
+    with pytest.raises(ValueError, match="log_prob is False"):
+        s.sample(model, (3, 1, 4, 4), nfe=9, divergence=exact())
+
+
+# --- gradients of parameters ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("divergence", [exact(), rademacher(2), coloured(2, 1)], ids=repr)
+def test_gradcheck_with_respect_to_x_and_the_parameters(divergence):
+    model = s.Preconditioned(s.MLP(2, width=4, depth=1).double(), VP())
+    names = [name for name, p in model.named_parameters() if p.ndim == 1][:3]
+    x = problem("VP", 2)[1]
+    values = {name: p.detach().clone() + 0.1 for name, p in model.named_parameters()}
+
+    def value(x, *chosen):
+        from torch.nn.utils import stateless
+
+        with stateless._reparametrize_module(model, {**values, **dict(zip(names, chosen, strict=True))}):
+            return s.log_prob(model, x, Heun(), steps=2, divergence=divergence, differentiable=True, seeds=range(2)).value
+
+    inputs = (x.clone().requires_grad_(), *(values[name].clone().requires_grad_() for name in names))
+    assert torch.autograd.gradcheck(value, inputs, eps=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Heun(),
+        s.DPMSolverPP(3),
+        s.Dopri5(1e-4, 1e-4),
+        TorchDiffEq(rtol=1e-4, atol=1e-4),
+        TorchDiffEq(rtol=1e-5, atol=1e-5, adjoint=True),
+    ],
+    ids=repr,
+)
+def test_gradients_of_the_parameters_alone(solver):
+    """x needs none: differentiable=True keeps the graph, and the default does not."""
+    model = learned()
+    x = problem("VP", 2)[1]
+    budget = {} if solver.adaptive else {"steps": 6}
+    assert not s.log_prob(model, x, solver, **budget).value.requires_grad
+    weight = model.net.leave.weight
+    value = lambda **kw: s.log_prob(model, x, solver, **budget, **kw).value.sum()
+    gradient = torch.autograd.grad(value(differentiable=True), weight)[0]
+    h, sides = 1e-4, []
+    direction = torch.ones_like(weight)
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * h * direction
+            sides.append(float(value()))
+            weight -= sign * h * direction
+    assert float((gradient * direction).sum()) == pytest.approx((sides[0] - sides[1]) / (2 * h), rel=1e-3)
+    with torch.no_grad(), pytest.raises(ValueError, match="under no_grad"):
+        value(differentiable=True)
+
+
+def test_the_adjoint_keeps_no_graph_of_the_steps():
+    """Bytes saved for the way back: about those of one evaluation, however many steps; the others' grow with them."""
+    model = learned()
+    x = problem("VP", 4)[1]
+
+    def saved(solver):
+        sizes = {}
+
+        class Kept:
+            def __init__(self, t):
+                self.t = t
+                sizes[id(self)] = t.numel()
+
+            def __del__(self):
+                del sizes[id(self)]
+
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.t):
+            found = s.log_prob(model, x, solver, differentiable=True)
+        assert found.value.requires_grad
+        return sum(sizes.values())  # what the graph of the value holds on to
+
+    loose, tight = (saved(TorchDiffEq(rtol=tol, atol=tol, adjoint=True)) for tol in (1e-2, 1e-4))
+    assert tight <= 1.5 * loose
+    assert saved(TorchDiffEq(rtol=1e-2, atol=1e-2)) > 10 * loose
+
+
+# --- there and back ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", SIX)
+def test_the_round_trip_is_reported(name):
+    law, x, _ = problem(name, 8)
+    found = s.encode(law, x, Heun(), steps=40, round_trip=True)
+    back = s.decode(law, found.x, Heun(), times=found.times.flip(0))
+    assert torch.allclose(found.round_trip, (back.x - x).square().mean(1).sqrt())
+    assert found.ledger["round_trip"] == back.nfe
+    assert found.nfe == s.encode(law, x, Heun(), steps=40).nfe
+    assert s.encode(law, x, Heun(), steps=40).round_trip is None
+    down = s.decode(law, found.x, s.Dopri5(1e-8, 1e-8), round_trip=True)
+    assert float(down.round_trip.max()) < 1e-4 * law.sde.prior_std()
+
+
+def test_slerp_keeps_the_radius_and_the_ends():
+    a, b = (seeded(range(i, i + 5)).initial((5, 1, 4, 4), D) for i in (0, 50))
+    unit = lambda v: v / v.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+    a, b = unit(a), unit(b)
+    shares = torch.linspace(0, 1, 9)
+    path = s.slerp(a, b, shares)
+    assert path.shape == (9, 5, 1, 4, 4)
+    assert torch.allclose(path[0], a)
+    assert torch.allclose(path[-1], b)
+    assert torch.allclose(path.flatten(2).norm(dim=2), torch.ones(9, 5, dtype=D))
+    angles = (path[:-1] * path[1:]).flatten(2).sum(2).clamp(-1, 1).acos()
+    assert torch.allclose(angles, angles[:1].expand(8, 5))  # equal shares of the angle
+    assert torch.equal(s.slerp(a, b, 0.25), path[2])
+    assert torch.allclose(s.slerp(a, a, 0.3), a)
+    assert torch.allclose(s.slerp(a, (1 + 1e-9) * a, 0.3), a)
+    assert s.slerp(a.float(), b.float(), 0.5).dtype == torch.float32
+    assert s.slerp(torch.zeros(2, 3), torch.ones(2, 3), 0.5).isfinite().all()
+    with pytest.raises(ValueError, match="opposite"):
+        s.slerp(a, -a, 0.5)
+    with pytest.raises(ValueError, match="wanted the shape of a"):
+        s.slerp(a, b[:2], 0.5)
+    with pytest.raises(ValueError, match="share is"):
+        s.slerp(a, b, math.nan)

@@ -1,0 +1,263 @@
+"""The likelihood of a data set under a saved model, a row an image: resumable, and the same numbers however the work is cut up."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from . import checkpoint, figures, images, resume
+from . import divergence as divergences
+from .bits import Dequantization, Importance, Quantized, TruncatedNormal, Uniform, bits_per_dim
+from .checks import check_count
+from .denoiser import Preconditioned
+from .divergence import Divergence
+from .likelihood import divergence_of, likelihood_plan
+from .solvers import Dopri5, Solver
+
+__all__ = ["Settings", "parse_divergence", "run"]
+
+DEQUANTIZATIONS: dict[str, Callable[[], Dequantization]] = {"uniform": Uniform, "truncated-normal": TruncatedNormal}
+COSTS = ("score", "rejected", "network", "divergence", "repeated")  # of the ledger; a row has the means over its batch
+COLUMNS = ("index", "file", "bits_per_dim", "log_prob", "stderr", "nfe", *COSTS)
+FILES = ("summary.json", "histogram.png", "likelihood.csv", "settings.json")  # in the order in which they go
+MEND = "choose another --out, or pass --overwrite to start afresh"
+ONCE = (".*images have negative bits/dim", "no pixel is above", ".*the noise of probes makes it optimistic")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the numbers beside model and data: the arguments of `bits_per_dim`, by their names on the command line."""
+
+    levels: int = 256
+    low: float = -1.0
+    high: float = 1.0
+    dequantization: str = "uniform"
+    importance: int | None = None
+    samples: int = 1
+    nfe: int | None = None
+    steps: int | None = None
+    tolerance: float | None = None
+    divergence: Divergence | None = None
+    batch: int = 64
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch"):
+            check_count(getattr(self, name), name)
+        for name, known in (("dequantization", DEQUANTIZATIONS), ("dtype", ("float32", "float64"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; wanted one of {', '.join(known)}")
+        if check_count(self.seed, "seed", 0) >= 2**32:
+            raise ValueError(f"seed is {self.seed}; wanted less than 2^32: the lower 32 bits of an image's seed are its index")
+        if sum(value is not None for value in (self.nfe, self.steps, self.tolerance)) > 1:
+            raise ValueError("several of nfe, steps and tolerance are given; wanted one of them, or none for the default solver")
+        _ = self.cells, self.solver, self.draws  # which have words of their own
+        try:
+            torch.empty(1, device=self.device).add_(1)
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            what = str(error).splitlines()[0]
+            raise ValueError(f"device is {self.device!r}, which cannot be used here ({what}); wanted cpu, cuda, ...") from error
+
+    @property
+    def cells(self) -> Quantized:
+        """Of the images."""
+        return Quantized(self.levels, self.low, self.high)
+
+    @property
+    def solver(self) -> Solver | None:
+        """Of a tolerance; else the library chooses."""
+        return None if self.tolerance is None else Dopri5(self.tolerance, self.tolerance)
+
+    @property
+    def draws(self) -> Dequantization:
+        """The dequantization."""
+        one = DEQUANTIZATIONS[self.dequantization]()
+        return one if self.importance is None else Importance(self.importance, one)
+
+
+def parse_divergence(text: str) -> Divergence:
+    """The one of `scoresde.divergence` that a name and whole numbers after colons mean: rademacher:4 is rademacher(4)."""
+    name, *numbers = text.split(":")
+    kinds = {n: getattr(divergences, n) for n in divergences.__all__ if n not in ("Divergence", "default")}
+    if name not in kinds:
+        raise ValueError(f"divergence is {text!r}; wanted one of {', '.join(sorted(kinds))}, with numbers as in rademacher:4")
+    try:
+        return kinds[name](*map(int, numbers))
+    except (TypeError, ValueError) as error:
+        forms = "NAME, NAME:K or, of coloured and hutchpp, NAME:K:CHAINS"
+        raise ValueError(f"divergence is {text!r} ({error}); wanted {forms}") from error
+
+
+# --- a batch -------------------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=1)
+def _model(folder: Path, config: str, device: str) -> Preconditioned:
+    """The checkpoint, loaded once a process; config: the text of its config.json when the run began."""
+    model = checkpoint.load(folder).to(device)
+    if (folder / "config.json").read_text() != config:
+        raise ValueError(f"{folder} has been written anew since the run began; copy a checkpoint whose training goes on")
+    return model
+
+
+def score(folder: Path, config: str, settings: Settings, levels: np.ndarray, first: int) -> list[list[Any]]:
+    """The columns from bits_per_dim on, for images first, first + 1, ..."""
+    seeds = [(settings.seed << 32) + first + i for i in range(len(levels))]
+    with warnings.catch_warnings():
+        for message in ONCE:  # `run` says it of all images, once
+            warnings.filterwarnings("ignore", message)
+        found = bits_per_dim(
+            _model(folder, config, settings.device), torch.from_numpy(levels).to(settings.device), settings.solver,
+            levels=settings.levels, low=settings.low, high=settings.high, nfe=settings.nfe, steps=settings.steps, seeds=seeds,
+            dequantization=settings.draws, samples=settings.samples, divergence=settings.divergence, microbatch=settings.batch,
+            dtype=getattr(torch, settings.dtype),
+        )  # fmt: skip
+    stderr = found.each_stderr.tolist() if settings.samples > 1 else [""] * len(levels)
+    costs = [found.nfe, *(float(found.ledger.get(name, 0.0)) for name in COSTS)]
+    return [[*row, *costs] for row in zip(found.each.tolist(), found.log_prob.tolist(), stderr, strict=True)]
+
+
+# --- the whole -----------------------------------------------------------------------------------------------------------
+def _pinned(
+    config: Mapping[str, Any], data: images.Images, settings: Settings, model: Preconditioned, shape: torch.Size
+) -> dict[str, Any]:
+    """What may not change between the runs that make one table; where and how fast they run may."""
+    from . import __version__
+
+    divergence = divergence_of(settings.divergence, shape)
+    budget: dict[str, Any] = {"nfe": settings.nfe, "steps": settings.steps, "times": None, "grid": None}
+    solver, times = likelihood_plan(model.sde, settings.solver, divergence, **budget)
+    return {
+        "checkpoint_sha256": config["sha256"], **{name: config[name] for name in ("sde", "parameterization", "net")},
+        "data_sha256": data.sha256, "levels": settings.levels, "low": settings.low, "high": settings.high,
+        "dequantization": repr(settings.draws), "samples": settings.samples, "divergence": repr(divergence),
+        "solver": repr(solver), "steps": None if solver.adaptive else len(times) - 1, "batch": settings.batch,
+        "seed": settings.seed, "seeds": "image i has the seed 2^32 seed + i", "dtype": settings.dtype,
+        "device": torch.device(settings.device).type, "versions": {"scoresde": __version__, "torch": torch.__version__},
+    }  # fmt: skip
+
+
+def _summary(rows: list[list[str]], samples: int) -> dict[str, Any]:
+    """stderr: over images; stderr_noise: over the draws for these images; log_prob, nfe and ledger: an image's."""
+    column = lambda name: [float(row[COLUMNS.index(name)]) for row in rows]
+    n, bits = len(rows), column("bits_per_dim")
+    mean = lambda name: math.fsum(column(name)) / n
+    return {
+        "bits_per_dim": mean("bits_per_dim"), "stderr": statistics.stdev(bits) / n**0.5 if n > 1 else None,
+        "stderr_noise": math.hypot(*column("stderr")) / n if samples > 1 else None, "n": n, "log_prob": mean("log_prob"),
+        "nfe": int(max(column("nfe"))), "ledger": {name: mean(name) for name in COSTS},
+    }  # fmt: skip
+
+
+def _words(found: Mapping[str, Any], out: Path) -> str:
+    spread = "" if found["stderr"] is None else f" ± {found['stderr']:.4f}"
+    noise = "" if found["stderr_noise"] is None else f", of their draws ± {found['stderr_noise']:.4f}"
+    return (
+        f"{found['bits_per_dim']:.4f}{spread} bits/dim, mean and standard error of {found['n']} images{noise}\n"
+        f"{found['solver']}, {found['divergence']}, {found['dequantization']}; NFE {found['nfe']} an image and "
+        f"{found['ledger']['divergence']:.0f} passes for the divergence; in {out}/"
+    )
+
+
+def _warn(text: str) -> None:
+    print(f"scoresde: {text}", file=sys.stderr)
+
+
+def run(
+    folder: Path, data: Path, out: Path, settings: Settings | None = None, *, first: int = 0, count: int | None = None,
+    processes: int = 1, overwrite: bool = False, say: Callable[[str], object] = print,
+) -> dict[str, Any]:  # fmt: skip
+    """Bits/dim of images first .. first + count - 1 of `data` under the checkpoint in `folder`, into `out`; return its summary.
+
+    Rows that `out` has are kept. The others come in whole batches b batch .. (b + 1) batch - 1 of the data: an image has the same mates
+    and place, hence the same bits, whatever is asked for and in however many processes. The summary is of the images asked for.
+    """
+    started, settings, folder = time.perf_counter(), settings or Settings(), folder.resolve()
+    text = (folder / "config.json").read_text() if (folder / "config.json").is_file() else ""
+    model, config = _model(folder, text, settings.device), json.loads(text)
+    shape = torch.Size(model.net.shape)  # type: ignore[bad-argument-type]
+    source = images.load(data, shape)
+    stop = source.count if count is None else first + check_count(count, "count")
+    if not 0 <= check_count(first, "first", 0) < stop <= source.count:
+        raise ValueError(f"images {first} .. {stop - 1} are asked for; {data} has 0 .. {source.count - 1}")
+    size = min(settings.batch, source.count)
+    settings = replace(settings, batch=size)
+    pinned = _pinned(config, source, settings, model, shape)
+    last = lambda i: min((i // size + 1) * size, source.count)  # past the batch that image i is in
+    largest = source.check(first // size * size, last(stop - 1), settings.levels)
+    if largest < settings.levels // 8:
+        _warn(f"no pixel is above {largest} with --levels {settings.levels}: is that their number of levels?")
+    if (settings.importance or 1) > 1 and divergence_of(settings.divergence, shape).random:
+        _warn(f"{pinned['dequantization']} with {pinned['divergence']}: the noise of probes makes it optimistic; exact has none")
+    with resume.locked(out):
+        if overwrite:
+            for name in FILES:
+                (out / name).unlink(missing_ok=True)
+        if (out / "likelihood.csv").exists() and not (out / "settings.json").exists():
+            raise FileExistsError(f"{out} holds a likelihood.csv and no settings.json to say of what; {MEND}")
+        resume.pin(out, pinned, MEND)
+        table = resume.Table(out / "likelihood.csv", COLUMNS, MEND)
+        missing = {i for i in range(first, stop) if i not in table.rows}
+        part = {"first": first, "count": stop - first}
+        if not missing and (out / "summary.json").exists():
+            found = json.loads((out / "summary.json").read_text())
+            if part == {name: found.get(name) for name in part}:
+                say(f"all {stop - first} images are there: nothing to compute\n{_words(found, out)}")
+                return found
+        for name in FILES[:2]:  # they are of other rows
+            (out / name).unlink(missing_ok=True)
+        batches = sorted({i // size * size for i in missing})
+        processes = max(1, min(check_count(processes, "processes"), len(batches)))
+        arguments = lambda b: (folder, text, settings, source.read(b, last(b)), b)
+        bar = tqdm(total=stop - first, initial=stop - first - len(missing), desc="likelihood", unit="image", disable=not missing)
+        with bar, closing(resume.finished(processes, score, batches, arguments)) as results:
+            for b, result in results:
+                try:
+                    rows = result()
+                except BrokenExecutor as error:
+                    mend = "run again with fewer --processes or a smaller --batch; what is done is kept"
+                    raise RuntimeError(f"a worker process was killed, for want of memory perhaps: {mend}") from error
+                except Exception as error:
+                    raise RuntimeError(f"images {b} .. {last(b) - 1}: {type(error).__name__}: {error}") from error
+                new = [[i, source.names[i], *row] for i, row in enumerate(rows, b) if i in missing]
+                table.append(new)
+                bar.update(len(new))
+        table.sort()
+        asked = [table.rows[i] for i in range(first, stop)]
+        found = {
+            **_summary(asked, settings.samples), **part, "log_det": shape.numel() * settings.cells.log_det, **pinned,
+            "t_min": float(model.sde.t_min), "checkpoint": str(folder), "data": str(data.resolve()),
+            "versions": {**pinned["versions"], "numpy": np.__version__, "python": platform.python_version()},
+            "run": {
+                "seconds": round(time.perf_counter() - started, 1), "computed": len(missing), "processes": processes,
+                "device": f"{settings.device} ({platform.machine()}, {platform.system()})",
+            },
+        }  # fmt: skip
+        bits = [float(row[2]) for row in asked]
+        panel = {"problem": data.name, "images": config["sde"]["name"], "bits_per_dim": found["bits_per_dim"], "each": bits}
+        try:
+            figures.likelihood(out / "histogram.png", [{**panel, "stderr": math.nan if len(bits) == 1 else found["stderr"]}])
+        except ModuleNotFoundError:
+            _warn("no histogram.png without matplotlib: pip install 'scoresde[plots]'")
+        resume.write_json(out / "summary.json", found)  # last: where it is, all is
+    if negative := sum(b < 0 for b in bits):
+        _warn(f"{negative} of {len(bits)} images have negative bits/dim, which no discrete image can but by the luck of a draw: too coarse "
+              "a solve (try --tolerance 1e-6), or --levels, --low or --high are not those of the training")  # fmt: skip
+    say(_words(found, out))
+    return found

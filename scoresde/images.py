@@ -1,0 +1,134 @@
+"""Integer images on disk, a `.npy` file or a folder of image files, read by index as they stand: never resized, never rounded."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["Images", "load"]
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of PIL: what 8-bit RGB and alpha hold without loss
+
+
+@dataclass(frozen=True)
+class Images:
+    """`read(first, stop)` -> integers `[n, *shape]`, uint8 or int64; names: a file's an image, or empty; sha256: of the files' bytes."""
+
+    count: int
+    names: Sequence[str] = field(repr=False)
+    sha256: str
+    read: Callable[[int, int], np.ndarray] = field(repr=False)
+
+    def check(self, first: int, stop: int, levels: int) -> int:
+        """The largest level of these images; ValueError when one is not among 0 .. levels - 1, or cannot be read."""
+        largest = 0
+        for start in range(first, stop, 256):
+            part = self.read(start, min(start + 256, stop)).reshape(min(256, stop - start), -1)
+            bad = ((part < 0) | (part >= levels)).any(1)
+            if bad.any():
+                i = int(bad.argmax())
+                name = f"image {start + i}{self.names[start + i] and f' ({self.names[start + i]})'}"
+                raise ValueError(
+                    f"{name} spans {part[i].min()} .. {part[i].max()}; wanted 0 .. {levels - 1}: check the number of levels, {levels}"
+                )
+            largest = max(largest, int(part.max(initial=0)))
+        return largest
+
+
+def load(path: Path, shape: Sequence[int]) -> Images:
+    """The images of a `.npy` file or a folder, for a network of this event shape; refuses in words what does not fit it.
+
+    A file: integers `[N, *shape]`, without the axis of a single channel if that is left out, or uint8 with channels last. A folder: its
+    image files by name (not those of folders in it), 8-bit grey or colour of the network's size; grey stands for three equal channels
+    and three equal channels for grey. Reading these needs Pillow.
+    """
+    shape = tuple(shape)
+    if path.is_dir():
+        return _folder(path, shape)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; wanted a .npy file of integer images or a folder of image files")
+    if path.suffix != ".npy":
+        raise ValueError(f"{path} is neither a .npy file nor a folder; np.save writes the one, a lone image goes into the other")
+    return _array(path, shape)
+
+
+# --- a file of numbers ---------------------------------------------------------------------------------------------------
+def _array(path: Path, shape: tuple[int, ...]) -> Images:
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (EOFError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as integer images ({error}); wanted what np.save writes of them") from error
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu":
+        raise TypeError(
+            f"{path} holds {getattr(found, 'dtype', type(found).__name__)}; wanted integers, grey levels as they were read: of floats "
+            "k / 255 they are np.round(255 * x).astype(np.uint8)"
+        )
+    axes, last = found.shape[1:], (*shape[1:], shape[0])
+    to_shape: Callable[[np.ndarray], np.ndarray]
+    if axes == shape:
+        to_shape = lambda x: x
+    elif len(shape) == 3 and shape[0] == 1 and axes == shape[1:]:
+        to_shape = lambda x: x[:, None]
+    elif len(shape) == 3 and axes == last and found.dtype == np.uint8:
+        to_shape = lambda x: np.moveaxis(x, -1, 1)
+    else:
+        mend = "channels last are taken of uint8 alone: np.moveaxis(x, -1, 1)" if len(shape) == 3 and axes == last else ""
+        mend = mend or f"wanted [N, {', '.join(map(str, shape))}], the shape of the network"
+        raise ValueError(f"{path} is {list(found.shape)} {found.dtype}; {mend}")
+    if not len(found):
+        raise ValueError(f"{path} holds no images")
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    kind = np.uint8 if found.dtype == np.uint8 else np.int64
+    return Images(len(found), [""] * len(found), sha256, lambda a, b: np.array(to_shape(found[a:b]), dtype=kind, order="C"))
+
+
+# --- a folder of image files ---------------------------------------------------------------------------------------------
+def _folder(path: Path, shape: tuple[int, ...]) -> Images:
+    if importlib.util.find_spec("PIL") is None:
+        raise ModuleNotFoundError("image files are read by Pillow: pip install 'scoresde[plots]', or save the images as .npy")
+    from PIL import Image
+
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"image files have 1 or 3 channels, the network wants {list(shape)}; save the data as .npy [N, *shape]")
+    suffixes = Image.registered_extensions()
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and p.is_file() and not p.name.startswith("."))
+    if not files:
+        raise ValueError(f"{path} holds no image files; wanted PNG or the like in it (folders inside it are not searched)")
+    if strange := [p.name for p in files if not p.name.isprintable()]:
+        raise ValueError(f"the name {strange[0]!r} cannot stand on one line of a table; rename the file")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    read = lambda a, b: np.stack([_picture(file, shape) for file in files[a:b]])
+    return Images(len(files), [file.name for file in files], digest.hexdigest(), read)
+
+
+def _picture(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 `[C, H, W]` of a file."""
+    from PIL import Image
+
+    channels, height, width = shape
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            mode, size, frames = image.mode, image.size, getattr(image, "n_frames", 1)
+            mode = "16 bits" if ";16" in repr(getattr(image, "tile", "")) else mode  # PIL would drop the lower eight without a word
+            rgba = np.asarray(image.convert("RGBA")) if mode in MODES and size == (width, height) else None
+    except Exception as error:  # PIL raises many kinds, SyntaxError among them
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); mend or remove it") from error
+    if size != (width, height):
+        raise ValueError(f"{path} is {size[0]} x {size[1]}; the network wants {width} x {height}, and nothing is resized here")
+    if rgba is None or frames > 1:
+        what = f"{frames} frames" if frames > 1 else mode
+        raise ValueError(f"{path} is of {what}; wanted one image of 8 bits, grey or RGB: save the data as .npy")
+    if (rgba[..., 3] != 255).any():
+        raise ValueError(f"{path} is transparent in places; wanted opaque images: lay it on a background first")
+    if channels == 1 and (rgba[..., :1] != rgba[..., 1:3]).any():
+        raise ValueError(f"{path} is in colour and the network has one channel; how to make it grey is yours to choose")
+    return np.moveaxis(rgba[..., :channels], -1, 0)

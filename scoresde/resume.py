@@ -1,0 +1,148 @@
+"""Long work in pieces: a table on disk that survives a kill, the settings it was made with, and processes that do the pieces."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import _write
+from .compare import pool
+
+__all__ = ["Table", "finished", "locked", "pin", "write_json"]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder, made if missing, for this run alone, where the system has such locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"another run is at work in {folder}; wait for it, or choose another folder") from error
+        except (ImportError, OSError):  # no such locks here: two runs at once are the user's to avoid
+            pass
+        yield
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    _write(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def pin(folder: Path, settings: Mapping[str, Any], mend: str) -> None:
+    """Keep what decides the numbers in `settings.json`; FileExistsError that says what differs when a run had other settings."""
+    path = folder / "settings.json"
+    if not path.exists():
+        write_json(path, settings)
+        return
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not what a run writes ({error}); {mend}") from error
+    if names := [name for name in {**before, **settings} if before.get(name) != settings.get(name)]:
+        differs = "; ".join(f"{name} was {before.get(name)}, is {settings.get(name)}" for name in names)
+        raise FileExistsError(f"{folder} holds a run with other settings: {differs}. {mend}")
+
+
+class Table:
+    """Rows of text by their number, the first of `columns`, in a CSV file that only grows: what a kill leaves torn is cut off."""
+
+    def __init__(self, path: Path, columns: Sequence[str], mend: str) -> None:
+        self.path, self.columns, self.rows = path, list(columns), dict[int, list[str]]()
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        for i, row in enumerate(csv.reader(io.StringIO(whole.decode(errors="replace"), newline=""))):
+            if len(row) != len(columns) or (row != self.columns if i == 0 else not row[0].isdecimal()):
+                raise ValueError(f"line {i + 1} of {path} is none that this version writes; {mend}")
+            if i:
+                self.rows[int(row[0])] = row
+        if whole != data:
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+
+    def _text(self, rows: Iterable[Sequence[str]]) -> str:
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows(rows)
+        return buffer.getvalue()
+
+    def append(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Add rows and see them onto the disk; floats are written so that they read back exactly."""
+        text = [list(map(str, row)) for row in rows]
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            file.write(self._text(text if file.tell() else [self.columns, *text]))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.update((int(row[0]), row) for row in text)
+
+    def sort(self) -> None:
+        """Write the file anew in the order of the numbers, whole or not at all."""
+        data = self._text([self.columns, *(self.rows[i] for i in sorted(self.rows))]).encode()
+        if not self.path.exists() or self.path.read_bytes() != data:
+            _write(self.path, data)
+
+
+# --- processes -----------------------------------------------------------------------------------------------------------
+_watched: list[threading.Thread] = []  # of this worker process
+
+
+def _call(work: Callable[..., Any], *arguments: Any) -> Any:
+    """In a worker: the work, after seeing to it that a worker ends with its parent: what a killed run leaves must not compute on."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not _watched:
+        _watched.append(threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True))
+        _watched[0].start()
+    return work(*arguments)
+
+
+def _submit(workers: ProcessPoolExecutor, *call: Any) -> Future[Any]:
+    """`workers.submit`; a process it starts is born deaf to Ctrl-C, which is its parent's to answer."""
+    if threading.current_thread() is not threading.main_thread():
+        return workers.submit(_call, *call)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return workers.submit(_call, *call)
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+def finished(
+    processes: int, work: Callable[..., Any], pieces: Iterable[Any], arguments: Callable[[Any], tuple[Any, ...]]
+) -> Generator[tuple[Any, Callable[[], Any]], None, None]:
+    """(piece, what gives or raises the result of work(*arguments(piece))) as they end, each in one thread of one of the processes.
+
+    Close it when leaving early: no process outlives it, and none goes on with what is no longer wanted.
+    """
+    if processes == 1:
+        torch.set_num_threads(1)  # as in the workers: sums over threads are rounded otherwise
+        for piece in pieces:
+            yield piece, lambda piece=piece: work(*arguments(piece))
+        return
+    others, left, waiting = set(multiprocessing.active_children()), iter(pieces), dict[Future[Any], Any]()
+    with pool(processes) as workers:
+        try:
+            while True:
+                while len(waiting) < 2 * processes and (piece := next(left, waiting)) is not waiting:
+                    waiting[_submit(workers, work, *arguments(piece))] = piece
+                if not waiting:
+                    return
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    yield waiting.pop(future), future.result
+        except BaseException:
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+            raise
