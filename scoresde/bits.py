@@ -23,7 +23,8 @@ from .solvers import Solver
 
 __all__ = ["BitsPerDim", "Importance", "Quantized", "TruncatedNormal", "Uniform", "bits_per_dim"]
 
-# (noise, cell centres [N, *shape] in the model's range, width of a cell, rho at t_min) -> (u in [0, 1] like them, log q(u) [N])
+# (noise, cell centres [N, *shape] in the model's range, width of a cell, rho at the time of the density) ->
+# (u in [0, 1] like them, log q(u) [N])
 Dequantization = Callable[[Noise, Tensor, float, float], tuple[Tensor, Tensor]]
 
 
@@ -46,11 +47,14 @@ class Quantized:
                 f"images is {shape_of(images)}; wanted integers 0 .. {self.levels - 1}: bits/dim needs quantised data, as read from the "
                 "file; of floats k / 255 they are (255 * x).round().byte()"
             )
+        if images.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch can store and little more
+            images = images.long()
         if images.numel() and not 0 <= int(images.min()) <= int(images.max()) < self.levels:
             raise ValueError(
                 f"images span {int(images.min())} .. {int(images.max())}; wanted 0 .. {self.levels - 1}: check levels="
             )
-        return self.low + (images + u) * self.width
+        dtype = u.dtype if isinstance(u, Tensor) else torch.get_default_dtype()
+        return (self.low + (images.double() + u) * self.width).to(dtype)  # float32 would round u away at many levels
 
     def to_levels(self, x0: Tensor) -> Tensor:
         """The model's range to integers (uint8 up to 256 levels): the cell that x0 lies in."""
@@ -107,7 +111,8 @@ class Importance:
 
     def __post_init__(self) -> None:
         check_count(self.k, "k")
-        check_callable(self.of, "of", "a dequantization, such as Uniform()")
+        if isinstance(check_callable(self.of, "of", "a dequantization, such as Uniform()"), Importance):
+            raise TypeError(f"of is {self.of!r}; wanted what draws one u, such as Uniform(): Importance(k * k') is the same")
 
     def __call__(self, noise: Noise, centres: Tensor, cell: float, rho: float) -> tuple[Tensor, Tensor]:
         """One of the draws."""
@@ -120,7 +125,7 @@ class BitsPerDim:
 
     value: mean over images; stderr: of it, over images; stderr_noise: of it, over the draws of u and of probes for these images (nan
     for one sample); each `[N]`, and each_stderr over its draws; log_prob `[N]`: mean log p(x0) in nats, x0 = low + (k + u) cell, and
-    log_det the nats that carry it to k, D log cell; nfe, ledger: an image's, all draws; t_min: the time whose density it is.
+    log_det the nats that carry it to k, D log cell; nfe, ledger: an image's, all draws; t_min: the time whose density it is; solver_error `[N]`: on request, bits/dim.
     """
 
     value: float
@@ -136,13 +141,14 @@ class BitsPerDim:
     divergence: str
     samples: int
     t_min: float
+    solver_error: Tensor | None = field(default=None, repr=False)
 
 
 def bits_per_dim(
     denoiser: Denoiser, images: Tensor, solver: Solver | None = None, *, levels: int = 256, low: float = -1.0, high: float = 1.0,
     dequantization: Dequantization | None = None, samples: int = 1, nfe: int | None = None, steps: int | None = None,
     times: Tensor | None = None, grid: Grid | None = None, prior: Prior | None = None, divergence: Divergence | None = None,
-    seeds: Sequence[int] | Tensor | None = None, generator: torch.Generator | None = None, microbatch: int | None = None,
+    solver_error: bool = False, seeds: Sequence[int] | Tensor | None = None, generator: torch.Generator | None = None, microbatch: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> BitsPerDim:  # fmt: skip
     """Bits a dimension of integer images `[N, *shape]` with `levels` grey levels under a model of x0 in [low, high].
@@ -151,15 +157,20 @@ def bits_per_dim(
     D log alpha at t_min and u ~ q (`dequantization`: Uniform(), TruncatedNormal(), Importance(k), or a function or module (noise,
     centres `[N, *shape]`, cell, rho) -> (u, log q `[N]`)), averaged over `samples` draws of u. P(k) is the mass that p_{t_min} gives to
     the cell times alpha: a law of the discrete image, whatever lies between 0 and t_min. The rest as in `log_prob`. The solver's error
-    is not in stderr: see `solver_error` there. Warns of negative values and of images that use few of the levels.
+    is not in stderr: solver_error=True estimates it. Warns of negative values and of images that use few of the levels.
     """
     cells, sde = Quantized(levels, low, high), check_denoiser(denoiser).sde
     like = torch.zeros(images.shape if isinstance(images, Tensor) else (0, 1), dtype=dtype, device=getattr(images, "device", None))
     centres = cells.to_model(images).to(dtype)  # refuses what is not images before anything is drawn
     check_state(like, "images (in dtype=)")
+    images = images.long()
     check_count(samples, "samples")
     dequantization = Uniform() if dequantization is None else dequantization
-    check_callable(dequantization, "dequantization", "Uniform(), TruncatedNormal(), Importance(k) or a function like them")
+    check_callable(
+        dequantization, "dequantization", wanted := "Uniform(), TruncatedNormal(), Importance(k) or a function like them"
+    )
+    if isinstance(dequantization, type):
+        raise TypeError(f"dequantization is the class {dequantization.__name__}; wanted {wanted}: is it not yet called?")
     divergence = divergence_of(divergence, images.shape[1:])
     k = dequantization.k if isinstance(dequantization, Importance) else 1
     if k > 1 and divergence.random:
@@ -168,10 +179,14 @@ def bits_per_dim(
         )
     if images.numel() >= 256 and int(images.max()) < levels // 8:
         warnings.warn(f"no pixel is above {int(images.max())} with levels={levels}: is that their number of levels?", stacklevel=2)
-    noise, _ = noise_of(len(images), seeds, generator)
-    t = torch.tensor(sde.t_min, dtype=torch.float64)
+    if cells.width < 64 * torch.finfo(dtype).eps * max(abs(low), abs(high)):
+        raise ValueError(f"cells of {cells.width:.3g} are as fine as the numbers of {dtype}; pass dtype=torch.float64")
+    noise, kept = noise_of(len(images), seeds, generator)
+    seeds = None if seeds is None else kept
+    t = torch.tensor(sde.t_min, dtype=torch.float64) if times is None else times.min().double()
     alpha, rho, d = float(sde.alpha(t)), float(sde.rho(t)), like[0].numel() if len(like) else 1
     draws: list[Tensor] = []
+    errors: list[Tensor] = []
     densities: list[Tensor] = []
     ledger, nfe_all = Counter[str](), 0
     for draw in range(samples * k):
@@ -180,11 +195,14 @@ def bits_per_dim(
         own = None if seeds is None else [(int(seed) + draw * 0x9E3779B97F4A7C15) % 2**64 for seed in seeds]
         found = log_prob(
             denoiser, alpha * cells.to_model(images, u.to(dtype)), solver, nfe=nfe, steps=steps, times=times, grid=grid, prior=prior,
-            divergence=divergence, differentiable=False, seeds=own, generator=generator, microbatch=microbatch,
+            divergence=divergence, solver_error=solver_error, differentiable=False, seeds=own, generator=generator,
+            microbatch=microbatch,
         )  # fmt: skip
         ledger.update(found.ledger)
         nfe_all += found.nfe
         densities.append(found.value.double() + d * math.log(alpha))
+        if found.solver_error is not None:
+            errors.append(found.solver_error.double() / (d * math.log(2)))
         draws.append(densities[-1] + d * cells.log_det - log_q.double())
     log_p = torch.stack(draws).reshape(samples, k, -1).logsumexp(1) - math.log(k)
     bits = -log_p / (d * math.log(2))
@@ -203,7 +221,7 @@ def bits_per_dim(
         stderr_noise=float(spread.norm()) / n if n else nan, each=each, each_stderr=spread,
         log_prob=torch.stack(densities).mean(0), log_det=d * cells.log_det, nfe=nfe_all, ledger=dict(ledger),
         dequantization=getattr(dequantization, "__name__", repr(dequantization)), divergence=found.divergence, samples=samples,
-        t_min=float(sde.t_min),
+        t_min=float(t), solver_error=torch.stack(errors).mean(0) if errors else None,
     )  # fmt: skip
 
 

@@ -131,7 +131,8 @@ class Preconditioned(Denoiser):
                 f"cond has {len(self.cond)} labels for {len(x)} rows of x; wanted one a row. In a solve, a wrapper of this denoiser "
                 "must pass select(index) on"
             )
-        args = (c_noise,) if self.cond is None else (c_noise, self.cond.to(x.device))
+        cond = self.cond if self.cond is None or not self.cond.is_inference() else self.cond.clone()  # which no graph can keep
+        args = (c_noise,) if cond is None else (c_noise, cond.to(x.device))
         out = self.net((cast(c_in, x) * x).to(dtype), *args)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             raise ValueError(f"the network returned {shape_of(out)} for x {list(x.shape)}; wanted the shape of x")

@@ -92,7 +92,7 @@ class Jacobian:
             if not x0.requires_grad:
                 return torch.zeros_like(vectors)
             back = functools.partial(torch.autograd.grad, x0, x, retain_graph=True, create_graph=self.track, materialize_grads=True)
-            if self.mode.batched:
+            if self.mode.batched and not self.track:  # vmap silences what cannot be differentiated twice
                 try:
                     return back(vectors, is_grads_batched=True)[0]
                 except RuntimeError:  # some ops have no batching rule (pooling, custom kernels)
@@ -151,9 +151,13 @@ class exact(Divergence):
 
     def trace(self, jacobian: Jacobian, x: Tensor, probes: Tensor) -> Tensor:
         """tr J, `[1, B]`."""
-        d = x.shape[1:].numel()
-        basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
-        return sum((_dot(jacobian(v), v).sum(0) for v in basis.split(self.chunk)), x.new_zeros(len(x)))[None]
+        d, found = x.shape[1:].numel(), x.new_zeros(len(x))
+        for first in range(0, d, self.chunk):
+            part = torch.arange(first, min(first + self.chunk, d), device=x.device)
+            basis = torch.zeros(len(part), d, dtype=x.dtype, device=x.device).scatter_(1, part[:, None], 1.0)
+            vectors = basis.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
+            found = found + _dot(jacobian(vectors), vectors).sum(0)
+        return found[None]
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,7 @@ class hutchpp(Divergence):
         q = torch.linalg.qr(columns(jacobian(s))).Q
         rest = columns(g)
         rest = rest - q @ (q.mT @ rest)
-        vectors = torch.cat([q, rest], 3).permute(0, 3, 1, 2).reshape(-1, len(x), *shape)
+        vectors = torch.cat([q, rest], 3).permute(0, 3, 1, 2).reshape(2 * r * self.chains, len(x), *shape)
         on, off = _dot(jacobian(vectors), vectors).reshape(self.chains, 2, r, len(x)).unbind(1)
         return on.sum(1) + off.mean(1)
 

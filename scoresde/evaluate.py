@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -212,14 +212,15 @@ def run(
         if (out / "likelihood.csv").exists() and not (out / "settings.json").exists():
             raise FileExistsError(f"{out} holds a likelihood.csv and no settings.json to say of what; {MEND}")
         resume.pin(out, pinned, MEND)
-        table = resume.Table(out / "likelihood.csv", COLUMNS, MEND)
+        table = resume.Table(out / "likelihood.csv", COLUMNS, MEND, texts=("file",))
         missing = {i for i in range(first, stop) if i not in table.rows}
         part = {"first": first, "count": stop - first}
         if not missing and (out / "summary.json").exists():
-            found = json.loads((out / "summary.json").read_text())
-            if part == {name: found.get(name) for name in part}:
-                say(f"all {stop - first} images are there: nothing to compute\n{_words(found, out)}")
-                return found
+            with suppress(ValueError, KeyError, TypeError, AttributeError):  # one that was tampered with is made again
+                found = json.loads((out / "summary.json").read_text())
+                if part == {name: found.get(name) for name in part}:
+                    say(f"all {stop - first} images are there: nothing to compute\n{_words(found, out)}")
+                    return found
         for name in FILES[:2]:  # they are of other rows
             (out / name).unlink(missing_ok=True)
         batches = sorted({i // size * size for i in missing})
@@ -255,6 +256,8 @@ def run(
             figures.likelihood(out / "histogram.png", [{**panel, "stderr": math.nan if len(bits) == 1 else found["stderr"]}])
         except ModuleNotFoundError:
             _warn("no histogram.png without matplotlib: pip install 'scoresde[plots]'")
+        except Exception as error:  # a figure is not worth the numbers
+            _warn(f"no histogram.png: {type(error).__name__}: {error}")
         resume.write_json(out / "summary.json", found)  # last: where it is, all is
     if negative := sum(b < 0 for b in bits):
         _warn(f"{negative} of {len(bits)} images have negative bits/dim, which no discrete image can but by the luck of a draw: too coarse "

@@ -120,6 +120,7 @@ def likelihood(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             axis.hist(
                 r["each"], bins=24, color=COLOURS[i], alpha=0.7, label=f"{r['images']}: {r['bits_per_dim']:.2f} ± {r['stderr']:.2f}"
             )
-        axis.set(title=problem, xlabel="bits/dim (lower: more likely)", ylabel="images")
+        axis.set(xlabel="bits/dim (lower: more likely)", ylabel="images")
+        axis.set_title(problem.encode(errors="replace").decode(), parse_math=False)  # it may be the name of a file
         axis.legend(fontsize=7)
     _save(figure, path)

@@ -62,7 +62,7 @@ def load(path: Path, shape: Sequence[int]) -> Images:
 def _array(path: Path, shape: tuple[int, ...]) -> Images:
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (EOFError, ValueError) as error:
+    except Exception as error:  # numpy raises all kinds at a header that is not one
         raise ValueError(f"{path} cannot be read as integer images ({error}); wanted what np.save writes of them") from error
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu":
         raise TypeError(

@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.interpolate import make_interp_spline
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import divergence as divergences
 from .checks import check_callable, check_finite, check_state, shape_of
@@ -18,6 +21,7 @@ from .divergence import Divergence, Jacobian, Mode
 from .grid import Grid
 from .linear import LinearSDE, cast
 from .noise import Noise
+from .oracle import Oracle
 from .solve import LogProb, noise_of, ode_plan, solve
 from .solvers import Solver
 
@@ -29,18 +33,22 @@ Prior = Callable[[Tensor], Tensor]
 class Augmented(Denoiser):
     """State [x, w alpha l] `[B, D + chains]`, "noise" [eps, w tr(d eps / dy)]: what is linear in (x, x0) integrates the likelihood too.
 
-    One network pass serves value and divergence; each chain of the `divergence` has an l-channel. fresh: new probes at every
-    evaluation (unbiased; fixed grids) or one set for the solve (adaptive solvers, whose error estimate must not see noise). The weight
-    w = 1 / alpha(t_max) puts an adaptive solver's tolerance on l in nats.
+    One network pass serves value and divergence; each chain of the `divergence` has an l-channel. The weight w = 1 / alpha(t_max) puts
+    an adaptive solver's tolerance on l in nats. fresh: new probes at every evaluation (unbiased; fixed grids) or one set for the solve
+    (adaptive solvers, whose error estimate must not see noise). times: those of a fixed grid; then the channels stand still, traces are
+    taken at these times alone, and `integral` makes l of all of them at once.
     """
 
     def __init__(
-        self, denoiser: Denoiser, shape: torch.Size, divergence: Divergence, noise: Noise | None, fresh: bool, mode: Mode
-    ) -> None:
+        self, denoiser: Denoiser, shape: torch.Size, divergence: Divergence, noise: Noise | None, fresh: bool, mode: Mode,
+        times: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(denoiser.sde)
         self.denoiser, self.shape, self.divergence, self.mode = denoiser, shape, divergence, mode
         self.noise, self.fresh = noise, fresh
         self.kept: Tensor | None = None
+        self.times, self.traces = times, dict[int, Tensor]()  # the last evaluation at a time is that of its accepted state
+        self.nodes = [] if times is None else times.tolist()
         self.weight = 1 / float(self.sde.alpha(torch.tensor(self.sde.t_max, dtype=torch.float64)))
 
     def _probes(self, x: Tensor) -> Tensor:
@@ -55,12 +63,38 @@ class Augmented(Denoiser):
         alpha, sigma = cast(self.sde.alpha(t), x), cast(self.sde.sigma(t), x)
         alpha, sigma = (c.reshape(-1, 1) if c.ndim else c for c in (alpha, sigma))
         d = self.shape.numel()
-        event = x[:, :d].reshape(-1, *self.shape)
+        event = x[:, :d].reshape(-1, *self.shape).contiguous()  # as in sampling: a network may take a view
         at = t.reshape(-1, *[1] * len(self.shape)) if t.ndim else t
+        node = self._node(t)
+        if self.times is not None and node is None:  # a stage within a step
+            return torch.cat([self.denoiser.predict(event, at).x0.flatten(1), torch.zeros_like(x[:, d:])], 1)
         jacobian = Jacobian(lambda v: self.denoiser.predict(v, at).x0, event, self.mode, self.record)
         traces = self.divergence.trace(jacobian, event, self._probes(event)).T  # [B, chains]
+        if node is not None:
+            self.traces[node] = traces
+            return torch.cat([jacobian.x0.flatten(1), torch.zeros_like(x[:, d:])], 1)
         traces = alpha * (d - alpha * traces) / sigma  # of d eps / dy, y = x / alpha, from that of d x0 / dx
         return torch.cat([jacobian.x0.flatten(1), (x[:, d:] - sigma * self.weight * traces) / alpha], 1)
+
+    def _node(self, t: Tensor) -> int | None:
+        if not self.nodes or t.ndim:
+            return None
+        now = float(t)  # a library's clock may have rounded it
+        i = min(range(len(self.nodes)), key=lambda i: abs(self.nodes[i] - now))
+        return i if abs(self.nodes[i] - now) <= 1e-9 * self.nodes[i] else None
+
+    def integral(self, degree: int) -> Tensor | None:
+        """l `[B, chains]` from the first time to the last, - int (D - alpha tr J) dlam, the integrand a spline through all times.
+
+        None when a time was never asked for.
+        """
+        if self.times is None or len(self.traces) < len(self.times):
+            return None
+        weights = quadrature((self.sde.logsnr(self.times) / 2).numpy(), degree)
+        d, alphas = self.shape.numel(), self.sde.alpha(self.times).tolist()
+        return sum(
+            (w * (alphas[i] * self.traces[i].double() - d) for i, w in enumerate(weights)), torch.zeros((), dtype=torch.float64)
+        )
 
     def tolerance(self, size: Tensor, t: Tensor, rtol: float, atol: float) -> Tensor:
         """That of x times sigma / (alpha + sigma): log p is as steep as 1 / sigma. Of an l-channel in nats, its scale w alpha taken out."""
@@ -78,15 +112,24 @@ class Augmented(Denoiser):
     def select(self, index: Any) -> Augmented:
         """These rows, with their own probes."""
         noise = None if self.noise is None else self.noise.select(index)
-        part = Augmented(self.denoiser.select(index), self.shape, self.divergence, noise, self.fresh, self.mode)
+        part = Augmented(self.denoiser.select(index), self.shape, self.divergence, noise, self.fresh, self.mode, self.times)
         part.kept = None if self.kept is None else self.kept[:, index]
+        part.traces = {i: trace[index] for i, trace in self.traces.items()}
         part.recorders = self.recorders
         return part
 
 
+def quadrature(nodes: np.ndarray, degree: int) -> np.ndarray:
+    """Weights of values at `nodes`, monotone, for the integral from the first to the last of the spline through them."""
+    rising = nodes if nodes[-1] > nodes[0] else nodes[::-1]
+    k = min(degree, (len(nodes) - 2) // 2 * 2 + 1)
+    weights = make_interp_spline(rising, np.eye(len(nodes)), k=k).integrate(rising[0], rising[-1])
+    return weights if nodes[-1] > nodes[0] else -weights[::-1]
+
+
 def density(
     denoiser: Denoiser, x: Tensor, solver: Solver, times: Tensor, noise: Noise | None, microbatch: int | None, *,
-    divergence: Divergence, prior: Prior | None, throw: bool = True, seeds: Any = None,
+    divergence: Divergence, prior: Prior | None, frozen: bool = False, throw: bool = True, seeds: Any = None,
 ) -> LogProb:  # fmt: skip
     """Carry x and its log-density along `times`: up from data (`latent` is the end) or down from the prior (`solution.x` is).
 
@@ -98,15 +141,31 @@ def density(
         raise ValueError(f"times end at {high:.6g}, below t_max = {sde.t_max:g}, where the SDE states no prior: pass prior=")
     shape, d = x.shape[1:], x.shape[1:].numel()
     mode = Mode(divergence.mode, x.device)
-    fresh = not (divergence.frozen or solver.adaptive or solver.replays)
+    fresh = not (frozen or divergence.frozen or solver.adaptive or solver.replays)
     start = torch.cat([x.flatten(1), x.new_zeros(len(x), divergence.chains)], 1)
-    solution = solve(
-        denoiser, start, solver, times, noise, microbatch, throw=throw, seeds=seeds,
-        wrap=lambda part, source: Augmented(part, shape, divergence, source if divergence.random else None, fresh, mode),
-    )  # fmt: skip
-    end = solution.x[:, :d].reshape(x.shape)
-    # the l-channels, unweighted
-    gains = solution.x[:, d:] * (sde.alpha(torch.tensor(sde.t_max, dtype=torch.float64)) / sde.alpha(times[-1]))
+    parts: list[Augmented] = []
+
+    def augmented(part: Denoiser, source: Noise | None) -> Augmented:
+        source = source if divergence.random else None
+        parts.append(Augmented(part, shape, divergence, source, fresh, mode, times if at_nodes else None))
+        return parts[-1]
+
+    def last(oracle: Oracle, x: Tensor, t: Tensor) -> Tensor:
+        oracle.mean(x, t)  # the trace at the last time
+        found = oracle.denoiser.integral(3 if solver.order <= 3 else 5)  # type: ignore[attr-defined]
+        return x if found is None else torch.cat([x[:, :d], found.to(x)], 1)
+
+    at_nodes = at_the_nodes(solver)
+    carry = lambda finish: solve(
+        denoiser, start, solver, times, noise, microbatch, throw=throw, seeds=seeds, wrap=augmented, finish=finish
+    )
+    solution = carry(last if at_nodes else None)
+    if at_nodes and any(len(part.traces) < len(times) for part in parts):  # a solver that does not evaluate where its steps begin
+        at_nodes = False
+        solution = carry(None)
+    end, gains = solution.x[:, :d].reshape(x.shape), solution.x[:, d:]
+    if not at_nodes:  # the l-channels, unweighted
+        gains = gains * (sde.alpha(torch.tensor(sde.t_max, dtype=torch.float64)) / sde.alpha(times[-1]))
     latent, data = (end, x) if up else (x, end)
     found = (sde.prior_log_prob if prior is None else prior)(latent)
     if not isinstance(found, Tensor) or found.shape != (len(x),):
@@ -114,8 +173,10 @@ def density(
     value = found + (gains if up else -gains).mean(1) + d * (sde.alpha(high) / sde.alpha(low)).log()
     k = divergence.chains
     stderr = torch.full_like(value.detach(), math.nan if divergence.random else 0.0)
-    if k > 1 and len(x):
-        stderr = gains.detach().std(1) / k**0.5
+    if k > 1 and len(x):  # column by column: a reduction may round by a row's place
+        chains = gains.detach().unbind(1)
+        mean = sum(chains) / k
+        stderr = (sum((c - mean).square() for c in chains) / (k - 1) / k).sqrt()  # type: ignore[union-attr]
     mismatch = prior_mismatch(sde, data.detach(), low) if prior is None else math.nan
     return LogProb(value, stderr, latent, mismatch, repr(divergence), mode.name, replace(solution, x=end))
 
@@ -129,7 +190,8 @@ def prior_mismatch(sde: LinearSDE, x: Tensor, t: Tensor) -> float:
     last = torch.tensor(sde.t_max, dtype=torch.float64)
     d, share = x[0].numel() if len(x) else 0, float((sde.sigma(last) / sde.prior_std()) ** 2)
     square = float(x.double().square().sum() / max(1, len(x)) / sde.alpha(t) ** 2 - d * sde.rho(t) ** 2)
-    return d / 2 * (share - 1 - math.log(share)) + float(sde.alpha(last) / sde.prior_std()) ** 2 * max(0.0, square) / 2
+    square = 0.0 if square < 0 else square  # and nan stays
+    return d / 2 * (share - 1 - math.log(share)) + float(sde.alpha(last) / sde.prior_std()) ** 2 * square / 2
 
 
 def divergence_of(divergence: Divergence | None, shape: torch.Size) -> Divergence:
@@ -151,15 +213,21 @@ def log_prob(
 ) -> LogProb:  # fmt: skip
     """Log p_{t_min}(x) in nats, `[B]`: x `[B, *shape]` is a noised state, for clean data see `bits_per_dim`.
 
-    log p(x) = log prior(z) + l + D log(alpha_T / alpha_0), z and l = int tr(d eps / dy) drho by `solver` (deterministic; without a
-    budget Dopri5(), or DPMSolverPP(3) in 64 steps where the divergence is random; else DPMSolverPP(3), of order 2 below 20
-    evaluations) on a grid uniform in logsnr. prior: log-density at the last time, default `sde.prior_log_prob`. divergence: one of
-    `scoresde.divergence`; default exact() up to 256 numbers an event. solver_error: estimate it, by a second solve in half the steps or
-    at ten times the tolerance (with random probes two, which share frozen ones). differentiable: keep the graph to x and to the
-    parameters; default: when x requires grad. Song et al. 2021 (ICLR), app. D; Grathwohl et al. 2019 (ICLR).
+    log p(x) = log prior(z) + l + D log(alpha_T / alpha_0), z and l = int tr(d eps / dy) drho by `solver` (deterministic; default without
+    a budget Dopri5(), or 64 steps where the divergence is random; with one AdamsBashforth(3) on rectified(power=1.5), below 20
+    evaluations DPMSolverPP(2); a solver of yours runs on a grid uniform in logsnr). On a fixed grid l is the integral of a spline
+    through the traces at all times, the last of which costs an evaluation; adaptive solvers carry it in the state. prior: log-density
+    at the last time, default `sde.prior_log_prob`. divergence: one of `scoresde.divergence`; default exact() up to 256 numbers an event.
+    solver_error: estimate it, by a second solve in half the steps or at ten times the tolerance (with random probes two, which share
+    frozen ones). differentiable: keep the graph to x and to the parameters; default: when x requires grad. Song et al. 2021 (ICLR),
+    app. D; Grathwohl et al. 2019 (ICLR).
     """
     check_finite(check_state(x))
     sde = check_denoiser(denoiser).sde
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise TypeError(
+            "x has a forward-mode tangent, which a likelihood does not carry on; use x.requires_grad_() and autograd.grad"
+        )
     divergence = divergence_of(divergence, x.shape[1:])
     if prior is not None:
         check_callable(prior, "prior", "a callable z -> log-densities [B]")
@@ -173,20 +241,30 @@ def log_prob(
         times = times.sort().values
         rough = rougher(solver, times) if solver_error else None
         noise, kept = noise_of(len(x), seeds, generator) if divergence.random else (None, None)
-        carry = lambda solver, times, noise, divergence: density(
-            denoiser, x, solver, times, noise, microbatch, divergence=divergence, prior=prior, throw=throw, seeds=kept
+        carry = lambda solver, times, noise, frozen: density(
+            denoiser,
+            x,
+            solver,
+            times,
+            noise,
+            microbatch,
+            divergence=divergence,
+            prior=prior,
+            frozen=frozen,
+            throw=throw,
+            seeds=kept,
         )
-        found = carry(solver, times, noise, divergence)
+        found = carry(solver, times, noise, False)
         if rough is None:
             return found
         with torch.no_grad():
             fine, spent, again = found, 0.0, lambda: None
             if divergence.random:  # the two must differ by the solver alone
                 same = range(len(x)) if kept is None else kept
-                again, divergence = lambda: noise_of(len(x), same, None)[0], replace(divergence, frozen=True)  # type: ignore
-                fine = carry(solver, times, again(), divergence)
+                again = lambda: noise_of(len(x), same, None)[0]
+                fine = carry(solver, times, again(), True)
                 spent += fine.nfe
-            coarse = carry(*rough, again(), divergence)
+            coarse = carry(*rough, again(), True)
         error = (fine.value - coarse.value).detach().abs() / (3.0 if solver.order > 1 else 1.0)
         ledger = {**found.ledger, "solver_error": spent + coarse.nfe}
         return replace(found, solver_error=error, solution=replace(found.solution, ledger=ledger))
@@ -199,7 +277,12 @@ def likelihood_plan(
     """Solver and times of a likelihood: those of `ode_plan`, and 64 steps where nothing is said and the divergence is random."""
     if divergence.random and solver is nfe is steps is times is None:
         steps = 64  # the noise of the probes hides the solver's error, and averages out on a fixed grid
-    return ode_plan(sde, solver, nfe=nfe, steps=steps, times=times, grid=grid)
+    return ode_plan(sde, solver, nfe=nfe, steps=steps, times=times, grid=grid, extra=lambda solver: int(at_the_nodes(solver)))
+
+
+def at_the_nodes(solver: Solver) -> bool:
+    """Whether l is a sum over the times of the grid, of which the last costs an evaluation, or a part of the state."""
+    return not (solver.adaptive or solver.replays)
 
 
 def rougher(solver: Solver, times: Tensor) -> tuple[Solver, Tensor]:
@@ -225,7 +308,8 @@ def warn_of_a_lattice(x: Tensor) -> None:
         return
     gaps = values.diff()
     multiples = gaps / gaps.min()
-    if bool(((multiples - multiples.round()).abs() < 0.01).all()):
+    ulp = float(torch.finfo(x.dtype).eps * some.abs().max())  # the lattice of the numbers themselves is no finding
+    if bool(((multiples - multiples.round()).abs() < 0.01).all()) and float(gaps.min()) > max(64 * ulp, float(gaps.sum()) / 65536):
         warnings.warn(
             f"x has {len(values)} values on a lattice of step {float(gaps.min()):.4g}: data without dequantization, whose density says "
             "nothing (it grows without bound with the model). Use bits_per_dim(denoiser, images, levels=...), which adds the noise",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -59,16 +60,28 @@ def pin(folder: Path, settings: Mapping[str, Any], mend: str) -> None:
         raise FileExistsError(f"{folder} holds a run with other settings: {differs}. {mend}")
 
 
-class Table:
-    """Rows of text by their number, the first of `columns`, in a CSV file that only grows: what a kill leaves torn is cut off."""
+def _number(cell: str) -> bool:
+    try:
+        return cell == "" or math.isfinite(float(cell))
+    except ValueError:
+        return False
 
-    def __init__(self, path: Path, columns: Sequence[str], mend: str) -> None:
+
+class Table:
+    """Rows by their number, the first of `columns`, in a CSV file that only grows: what a kill leaves torn is cut off.
+
+    All cells but those of the columns `texts` are finite numbers or empty.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], mend: str, texts: Sequence[str] = ()) -> None:
         self.path, self.columns, self.rows = path, list(columns), dict[int, list[str]]()
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         for i, row in enumerate(csv.reader(io.StringIO(whole.decode(errors="replace"), newline=""))):
             if len(row) != len(columns) or (row != self.columns if i == 0 else not row[0].isdecimal()):
                 raise ValueError(f"line {i + 1} of {path} is none that this version writes; {mend}")
+            if i and not all(_number(cell) for name, cell in zip(columns, row, strict=True) if name not in texts):
+                raise ValueError(f"line {i + 1} of {path} has a cell that is no finite number; {mend}")
             if i:
                 self.rows[int(row[0])] = row
         if whole != data:

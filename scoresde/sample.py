@@ -84,6 +84,10 @@ def sample(
             "log_prob=True gives the density of the states at t_min, and denoise=True would return their means: drop one"
         )
     denoise = not log_prob if denoise is None else denoise
+    if log_prob and x is not None and isinstance(times, Tensor) and times.numel() and times.max() != sde.t_max:
+        raise ValueError(
+            f"times start at {times.max():.6g}, below t_max = {sde.t_max:g}, where the density of x is not known: drop log_prob"
+        )
     if divergence is not None and not log_prob:
         raise ValueError(f"divergence is {divergence!r} and log_prob is False; wanted log_prob=True, which it is for")
     if log_prob:
@@ -141,7 +145,8 @@ def encode(
 ) -> Solution:  # fmt: skip
     """The latent of x: the probability flow from t_min up to t_max. x `[B, *shape]` is a state at t_min; nothing is clipped.
 
-    Default: Dopri5() when no budget is given, else DPMSolverPP(3) (of order 2 below 20 evaluations); the grid is uniform in logsnr.
+    Default: Dopri5() without a budget; with one AdamsBashforth(3) on rectified(power=1.5), below 20 evaluations DPMSolverPP(2); the grid
+    of a solver that is given is uniform in logsnr.
     round_trip: go back too, on the same times, and report how far from x that ends: `.round_trip` `[B]`, the root mean square over the
     event; the ledger's "round_trip" is what that took, in neither score nor nfe.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from . import solvers
 from .checks import check_callable, check_count, check_rows, check_state, shape_of
 from .denoiser import Denoiser, Preconditioned
-from .grid import Grid, check_times, logsnr
+from .grid import Grid, check_times, logsnr, rectified
 from .linear import LinearSDE
 from .noise import Noise, brownian, entropy_seeds, gaussian, seeded
 from .oracle import Oracle
-from .solvers import Dopri5, DPMSolverPP, Solver
+from .solvers import AdamsBashforth, Dopri5, DPMSolverPP, Solver
+from .variables import velocity
 
 __all__ = ["LogProb", "Solution", "trajectory"]
 
@@ -254,14 +256,18 @@ def check_solver(solver: Any) -> Solver:
 
 
 def ode_plan(
-    sde: LinearSDE, solver: Solver | None, *, nfe: int | None, steps: int | None, times: Tensor | None, grid: Grid | None
-) -> tuple[Solver, Tensor]:
-    """Solver and times of an encode, a decode or a likelihood: deterministic, uniform in logsnr whatever a solver recommends."""
+    sde: LinearSDE, solver: Solver | None, *, nfe: int | None, steps: int | None, times: Tensor | None, grid: Grid | None,
+    extra: Callable[[Solver], int] = lambda _: 0,
+) -> tuple[Solver, Tensor]:  # fmt: skip
+    """Solver and times of an encode, a decode or a likelihood: deterministic, on a grid for this whatever a solver recommends."""
     if solver is None:
         budget = next((n for n in (nfe, steps, None if times is None else len(times)) if isinstance(n, int)), None)
-        # the third order and its single-step start pay from 20 evaluations on: `benchmarks/likelihood.py`
-        solver = Dopri5() if budget is None else DPMSolverPP(2 if budget < 20 else 3)
+        solver = Dopri5() if budget is None else DPMSolverPP(2)
+        if (
+            budget is not None and budget >= 20
+        ):  # from where the third order and its single-step start pay: `benchmarks/likelihood.py`
+            solver, grid = AdamsBashforth(3, velocity), grid or (partial(rectified, power=1.5) if times is None else None)
     if check_solver(solver).stochastic:
         raise TypeError(f"{solver!r} is stochastic and has no inverse and no density; wanted a deterministic solver such as Heun()")
     grid = grid or (None if solver.adaptive or times is not None else logsnr)
-    return solver, plan(sde, solver, nfe=nfe, steps=steps, times=times, grid=grid, extra=0)
+    return solver, plan(sde, solver, nfe=nfe, steps=steps, times=times, grid=grid, extra=extra(solver))

@@ -181,6 +181,17 @@ def test_standard_errors_over_images_and_over_noise():
     assert found[0].stderr == pytest.approx(float(found[0].each.std()) / 50**0.5)
 
 
+def test_the_solver_error_in_bits_a_dimension():
+    law = Gaussian(VP(), torch.zeros(2, dtype=D), 0.5)
+    images = torch.randint(0, 4, (20, 2), generator=torch.Generator().manual_seed(0))
+    kwargs = {"levels": 4, "dtype": D, "seeds": range(20)}
+    rough, fine = (s.bits_per_dim(law, images, nfe=n, solver_error=True, **kwargs) for n in (24, 200))
+    assert rough.solver_error.shape == (20,)
+    assert float((rough.each - fine.each).abs().mean()) <= 3 * float(rough.solver_error.mean())
+    assert float(fine.solver_error.mean()) < 0.1 * float(rough.solver_error.mean())
+    assert s.bits_per_dim(law, images, nfe=24, **kwargs).solver_error is None
+
+
 def test_an_image_has_its_own_number_whatever_its_mates():
     law = Gaussian(VP(), torch.zeros(1, 2, 2, dtype=D), covariance=0.3 * torch.eye(4, dtype=D) + 0.1)
     images = torch.randint(0, 8, (7, 1, 2, 2), generator=torch.Generator().manual_seed(0))
@@ -204,6 +215,36 @@ def test_an_image_has_its_own_number_whatever_its_mates():
             assert torch.equal(mixed.each, whole.each[order])
 
 
+def test_times_above_t_min_give_the_bits_there():
+    """alpha, the noise of a clean image and t_min of the result are those of the lowest time."""
+    law = Gaussian(VP(), torch.zeros(1, dtype=D), 0.5)
+    times = s.grid.logsnr(law.sde, 200)
+    times = times[times >= 0.3]
+    last = torch.tensor(law.sde.t_max, dtype=D)
+    images = torch.arange(8)[:, None]
+    fixed = lambda noise, like, cell, rho: (0 * like + 0.5, like.new_zeros(len(like)))
+    found = s.bits_per_dim(
+        law, images, s.DPMSolverPP(3), levels=8, times=times, dtype=D, dequantization=fixed, prior=lambda z: law.log_prob(z, last)
+    )
+    t = times.min()
+    x = law.sde.alpha(t) * s.Quantized(8).to_model(images, torch.full((8, 1), 0.5, dtype=D))
+    nats = law.log_prob(x, t) + law.sde.alpha(t).log() + math.log(2 / 8)
+    assert torch.allclose(found.each, -nats / math.log(2), atol=1e-3)
+    assert found.t_min == float(t)
+
+
+def test_many_levels_and_their_types():
+    model, prior = flat(-1, 1)
+    images = torch.randint(0, 65536, (6, 4), generator=torch.Generator().manual_seed(0))
+    found = s.bits_per_dim(model, images.to(torch.uint16), levels=65536, prior=prior, nfe=4, dtype=D)
+    assert found.value == pytest.approx(16.0, abs=1e-6)
+    with pytest.raises(ValueError, match="pass dtype="):
+        s.bits_per_dim(model, images, levels=2**24, prior=prior, nfe=4)
+    with pytest.raises(TypeError, match="wanted what draws one u"):
+        Importance(2, Importance(3))
+    assert s.bits_per_dim(model, images, levels=65536, prior=prior, nfe=4, dtype=D, seeds=iter(range(6))).value > 0
+
+
 def test_words_for_what_is_probably_wrong():
     law = Gaussian(VP(), torch.zeros(16, dtype=D), 0.5)
     images = torch.arange(16).reshape(1, 16).repeat(32, 1)
@@ -223,6 +264,7 @@ def test_no_words_where_nothing_is_wrong():
     s.log_prob(law, seeded(range(9)).initial((9, 16), D), nfe=4)
     s.log_prob(law, seeded(range(1)).initial((1, 16), torch.float32), nfe=4)
     s.log_prob(law, torch.zeros(3, 16), nfe=4)
+    s.log_prob(law, seeded(range(9)).initial((9, 16), torch.float32) + 100, nfe=4)  # float32's own lattice
     two = Gaussian(VP(), torch.zeros(2, dtype=D), 0.5)
     axis = torch.linspace(-1, 1, 9)
     s.log_prob(two, torch.cartesian_prod(axis, axis), nfe=4)  # a map of a density

@@ -140,8 +140,8 @@ def test_options_are_those_of_the_library(name, there, tmp_path):
 @pytest.mark.parametrize(
     ("more", "solver", "steps"),
     [
-        (["--nfe", "30"], "DPMSolverPP(order=3)", None), (["--tolerance", "1e-2"], "Dopri5(rtol=0.01, atol=0.01)", None),
-        (["--divergence", "gaussian:1"], "DPMSolverPP(order=3)", 64),
+        (["--nfe", "30"], "AdamsBashforth(order=3, variable=velocity)", None), (["--tolerance", "1e-2"], "Dopri5(rtol=0.01, atol=0.01)", None),
+        (["--divergence", "gaussian:1"], "AdamsBashforth(order=3, variable=velocity)", 64),
     ],
 )  # fmt: skip
 def test_a_budget_a_tolerance_or_none(more, solver, steps, there, tmp_path):
@@ -486,7 +486,7 @@ def test_what_is_odd_is_said_once(there, tmp_path, capsys, monkeypatch):
         warnings.simplefilter("error")
         assert command(there, tmp_path, *more, data="dark.npy", base=BASE[4:]) == 0
     err = capsys.readouterr().err
-    for words in ("no pixel is above 2", "makes it optimistic", "negative bits/dim", "no histogram.png without matplotlib"):
+    for words in ("no pixel is above 2", "makes it optimistic", "no histogram.png without matplotlib"):
         assert err.count(words) == 1
     assert not (tmp_path / "histogram.png").exists()
     assert (tmp_path / "summary.json").exists()
