@@ -44,18 +44,29 @@ def measured() -> list[dict[str, str]]:
         ("noise of probes, one image", probe, f"{one.divergence}, {one.nfe} evaluations; of the mean {probe / N**0.5:.5f}"),
         (f"noise of u and probes, the mean of {N} images x {SAMPLES} draws", base.stderr_noise, "`stderr_noise`"),
         ("solver error, stated", float(one.solver_error.mean()) * NAT, "`solver_error`, mean over images"),
-        ("solver error, measured", float((rough.value - fine.value).abs().mean()) * NAT, "against 192 steps, the same frozen probes"),
+        (
+            "solver error, measured",
+            float((rough.value - fine.value).abs().mean()) * NAT,
+            "against 192 steps, the same frozen probes",
+        ),
         ("prior mismatch, at most", one.prior_mismatch * NAT, "`prior_mismatch`"),
     ]
     for t_min in (1e-2, 1e-4):
         found = bits_per_dim(net(t_min), images, samples=SAMPLES, **told)
-        rows.append((f"the same at t_min = {t_min:g} (above: {model.sde.t_min:g})", found.value - base.value, f"bits/dim {found.value:.3f}"))
+        name = f"the same at t_min = {t_min:g} (above: {model.sde.t_min:g})"
+        rows.append((name, found.value - base.value, f"bits/dim {found.value:.3f}"))
     found = bits_per_dim(model, images, samples=SAMPLES, dequantization=TruncatedNormal(), **told)
-    rows.append(("truncated normal in place of uniform", found.value - base.value, f"bits/dim {found.value:.3f}; trained with uniform"))
+    rows.append(
+        ("truncated normal in place of uniform", found.value - base.value, f"bits/dim {found.value:.3f}; trained with uniform")
+    )
     bound = elbo(model, images, levels=256, samples=64, seeds=seeds, microbatch=16)
     error = float(bound.stderr.square().sum().sqrt()) / N * NAT
-    rows.append(("elbo in place of the flow", float(bound.bits_per_dim.mean()) - base.value, f"64 evaluations; ± {error:.3f} by its draws"))
-    return [{"term": name, "bits/dim": f"{value:.5f}" if abs(value) < 0.05 else f"{value:.3f}", "how": how} for name, value, how in rows]
+    rows.append(
+        ("elbo in place of the flow", float(bound.bits_per_dim.mean()) - base.value, f"64 evaluations; ± {error:.3f} by its draws")
+    )
+    return [
+        {"term": name, "bits/dim": f"{value:.5f}" if abs(value) < 0.05 else f"{value:.3f}", "how": how} for name, value, how in rows
+    ]
 
 
 def main() -> None:

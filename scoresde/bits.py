@@ -125,7 +125,8 @@ class BitsPerDim:
 
     value: mean over images; stderr: of it, over images; stderr_noise: of it, over the draws of u and of probes for these images (nan
     for one sample); each `[N]`, and each_stderr over its draws; log_prob `[N]`: mean log p(x0) in nats, x0 = low + (k + u) cell, and
-    log_det the nats that carry it to k, D log cell; nfe, ledger: an image's, all draws; t_min: the time whose density it is; solver_error `[N]`: on request, bits/dim.
+    log_det the nats that carry it to k, D log cell; nfe, ledger: an image's, all draws; t_min: the time
+    whose density it is; solver_error `[N]`: on request, bits/dim.
     """
 
     value: float
@@ -148,8 +149,8 @@ def bits_per_dim(
     denoiser: Denoiser, images: Tensor, solver: Solver | None = None, *, levels: int = 256, low: float = -1.0, high: float = 1.0,
     dequantization: Dequantization | None = None, samples: int = 1, nfe: int | None = None, steps: int | None = None,
     times: Tensor | None = None, grid: Grid | None = None, prior: Prior | None = None, divergence: Divergence | None = None,
-    solver_error: bool = False, seeds: Sequence[int] | Tensor | None = None, generator: torch.Generator | None = None, microbatch: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    solver_error: bool = False, seeds: Sequence[int] | Tensor | None = None, generator: torch.Generator | None = None,
+    microbatch: int | None = None, dtype: torch.dtype = torch.float32,
 ) -> BitsPerDim:  # fmt: skip
     """Bits a dimension of integer images `[N, *shape]` with `levels` grey levels under a model of x0 in [low, high].
 
