@@ -178,7 +178,8 @@ def order_in_log_p(solver: solvers.Solver, sde: sdes.LinearSDE, samples: int = 6
     x = denoiser.sample(samples, ends[1], seeds=range(samples))
     truth = denoiser.log_prob(x, ends[1])
     errors = []
-    for n in STEPS:
+    # of a last step of lower order the error is small at first, and its slope is seen later
+    for n in (2 * n for n in STEPS) if getattr(solver, "lower_final", False) else STEPS:
         found = scoresde.log_prob(
             denoiser, x, solver, times=logsnr_times(sde, n).flip(0), prior=lambda z: denoiser.log_prob(z, ends[0])
         )
