@@ -64,7 +64,7 @@ def _add_likelihood(commands: Any) -> None:
     budget.add_argument("--steps", type=whole(1), metavar="N", help="N steps a solve")
     budget.add_argument("--tolerance", type=float, metavar="TOL", help="Dopri5(TOL, TOL); given none, the library chooses")
     kinds = "exact, rademacher:K, gaussian:K, coloured:K[:CHAINS] or hutchpp:K[:CHAINS]"
-    least = " (default: exact up to 256 numbers an image, rademacher:2 beyond)"
+    least = " (default: exact up to 256 numbers an image, coloured:2:2 beyond)"
     add("--divergence", type=_divergence, metavar="NAME", help=kinds + least)
     add("--batch", type=whole(1), default=64, metavar="N", help="images the network sees at once" + default)
     add("--first", type=whole(0), default=0, metavar="I", help="index of the first image" + default)

@@ -214,8 +214,8 @@ def log_prob(
     """Log p_{t_min}(x) in nats, `[B]`: x `[B, *shape]` is a noised state, for clean data see `bits_per_dim`.
 
     log p(x) = log prior(z) + l + D log(alpha_T / alpha_0), z and l = int tr(d eps / dy) drho by `solver` (deterministic; default without
-    a budget Dopri5(), or 64 steps where the divergence is random; with one AdamsBashforth(3) on rectified(power=1.5), below 20
-    evaluations DPMSolverPP(2); a solver of yours runs on a grid uniform in logsnr). On a fixed grid l is the integral of a spline
+    a budget Dopri5(), or 64 steps where the divergence is random; with one DPMSolverPP(3), of order 2 below 20 evaluations)
+    on a grid uniform in logsnr. On a fixed grid l is the integral of a spline
     through the traces at all times, the last of which costs an evaluation; adaptive solvers carry it in the state. prior: log-density
     at the last time, default `sde.prior_log_prob`. divergence: one of `scoresde.divergence`; default exact() up to 256 numbers an event.
     solver_error: estimate it, by a second solve in half the steps or at ten times the tolerance (with random probes two, which share

@@ -145,8 +145,7 @@ def encode(
 ) -> Solution:  # fmt: skip
     """The latent of x: the probability flow from t_min up to t_max. x `[B, *shape]` is a state at t_min; nothing is clipped.
 
-    Default: Dopri5() without a budget; with one AdamsBashforth(3) on rectified(power=1.5), below 20 evaluations DPMSolverPP(2); the grid
-    of a solver that is given is uniform in logsnr.
+    Default: Dopri5() when no budget is given, else DPMSolverPP(3) (of order 2 below 20 evaluations); the grid is uniform in logsnr.
     round_trip: go back too, on the same times, and report how far from x that ends: `.round_trip` `[B]`, the root mean square over the
     event; the ledger's "round_trip" is what that took, in neither score nor nfe.
     """

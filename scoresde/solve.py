@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,12 +13,11 @@ from torch import Tensor
 from . import solvers
 from .checks import check_callable, check_count, check_rows, check_state, shape_of
 from .denoiser import Denoiser, Preconditioned
-from .grid import Grid, check_times, logsnr, rectified
+from .grid import Grid, check_times, logsnr
 from .linear import LinearSDE
 from .noise import Noise, brownian, entropy_seeds, gaussian, seeded
 from .oracle import Oracle
-from .solvers import AdamsBashforth, Dopri5, DPMSolverPP, Solver
-from .variables import velocity
+from .solvers import Dopri5, DPMSolverPP, Solver
 
 __all__ = ["LogProb", "Solution", "trajectory"]
 
@@ -262,11 +260,8 @@ def ode_plan(
     """Solver and times of an encode, a decode or a likelihood: deterministic, on a grid for this whatever a solver recommends."""
     if solver is None:
         budget = next((n for n in (nfe, steps, None if times is None else len(times)) if isinstance(n, int)), None)
-        solver = Dopri5() if budget is None else DPMSolverPP(2)
-        if (
-            budget is not None and budget >= 20
-        ):  # from where the third order and its single-step start pay: `benchmarks/likelihood.py`
-            solver, grid = AdamsBashforth(3, velocity), grid or (partial(rectified, power=1.5) if times is None else None)
+        # the third order and its single-step start pay from 20 evaluations on: `benchmarks/likelihood.py`
+        solver = Dopri5() if budget is None else DPMSolverPP(2 if budget < 20 else 3)
     if check_solver(solver).stochastic:
         raise TypeError(f"{solver!r} is stochastic and has no inverse and no density; wanted a deterministic solver such as Heun()")
     grid = grid or (None if solver.adaptive or times is not None else logsnr)

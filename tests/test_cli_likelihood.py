@@ -140,9 +140,9 @@ def test_options_are_those_of_the_library(name, there, tmp_path):
 @pytest.mark.parametrize(
     ("more", "solver", "steps"),
     [
-        (["--nfe", "30"], "AdamsBashforth(order=3, variable=velocity)", None),
+        (["--nfe", "30"], "DPMSolverPP(order=3)", None),
         (["--tolerance", "1e-2"], "Dopri5(rtol=0.01, atol=0.01)", None),
-        (["--divergence", "gaussian:1"], "AdamsBashforth(order=3, variable=velocity)", 64),
+        (["--divergence", "gaussian:1"], "DPMSolverPP(order=3)", 64),
     ],
 )  # fmt: skip
 def test_a_budget_a_tolerance_or_none(more, solver, steps, there, tmp_path):

@@ -33,7 +33,7 @@ ARROWS = {
     "oracle": {"denoiser", "linear", "noise", "parameterizations", "checks"},
     "solvers": {"oracle", "variables", "grid", "denoiser", "linear", "noise", "checks"},
     "divergence": {"noise", "checks"},
-    "solve": {"solvers", "oracle", "variables", "grid", "denoiser", "linear", "noise", "checks"},
+    "solve": {"solvers", "oracle", "grid", "denoiser", "linear", "noise", "checks"},
     "likelihood": {"solve", "divergence", "solvers", "oracle", "grid", "denoiser", "linear", "noise", "checks"},
     "sample": {"solve", "likelihood", "divergence", "solvers", "oracle", "grid", "variables", "denoiser", "checks"},
     "bits": {"likelihood", "solve", "divergence", "solvers", "grid", "denoiser", "noise", "checks"},
