@@ -30,6 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cells as cells_of
 import problems
 import torch
 from noise import processor
@@ -207,44 +208,11 @@ OURS = ("Dopri5", "Dopri8", "DPMAdaptive(2)", "DPMAdaptive(3)", "Adaptive(Heun()
 
 
 # --- cells ----------------------------------------------------------------------------------------------------------------
-def rounded(value: Any, digits: int = 5) -> Any:
-    """Numbers to five digits."""
-    if isinstance(value, dict):
-        return {k: rounded(v, digits) for k, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v, digits) for v in value]
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+class Cells(cells_of.Cells):
+    """The results of this benchmark."""
 
-
-class Cells:
-    """The results by name, one line each in the file, which is replaced whole: an interrupted run leaves the last good one."""
-
-    def __init__(self, head: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
-        self.head, self.rows, self.saved = head, rows, time.perf_counter()
-
-    def fill(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The cell, computed where it is lacking."""
-        if name not in self.rows:
-            began = time.perf_counter()
-            try:
-                row = make()
-            except (ArithmeticError, AssertionError, TooMany, ValueError, scoresde.UnfinishedError) as error:
-                row = {"error": f"{type(error).__name__}: {error}"[:200]}
-            seconds = time.perf_counter() - began
-            self.rows[name] = rounded(row | {"seconds": seconds})
-            self.head["seconds"] = round(self.head["seconds"] + seconds, 1)
-            print(f"{self.head['seconds']:7.1f} s  {name}: {json.dumps(self.rows[name])}", flush=True)
-            if time.perf_counter() - self.saved > 10:
-                self.save()
-        return self.rows[name]
-
-    def save(self) -> None:
-        """Write all of it."""
-        body = ",\n".join(f"{json.dumps(name)}:{json.dumps(row, allow_nan=False)}" for name, row in self.rows.items())
-        new = OUT.with_suffix(".new")
-        new.write_text(f'{json.dumps(self.head, indent=1)[:-2]},\n "cells": {{\n{body}\n}}}}\n')
-        os.replace(new, OUT)
-        self.saved = time.perf_counter()
+    path = OUT
+    failures = (ArithmeticError, AssertionError, TooMany, ValueError, scoresde.UnfinishedError)
 
     def curve(self, problem: str, sde: str, who: str) -> list[tuple[float, dict[str, Any]]]:
         """(tolerance, cell) where there is an error to read."""

@@ -43,6 +43,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cells as cells_of
 import fashion
 import numpy as np
 import problems
@@ -371,44 +372,15 @@ PEERS = ("score_sde RK45", "k-diffusion dopri5", "torchdiffeq dopri5, dx/dt")
 
 
 # --- cells ----------------------------------------------------------------------------------------------------------------
-def rounded(value: Any, digits: int = 12) -> Any:
-    """Numbers to twelve digits, errors and times are cut when they are shown."""
-    if isinstance(value, dict):
-        return {k: rounded(v, digits) for k, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v, digits) for v in value]
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+class Cells(cells_of.Cells):
+    """The results of this benchmark."""
 
+    path = OUT
+    failures = (ArithmeticError, TooMany, scoresde.UnfinishedError)
 
-class Cells:
-    """The results by name, one line each in the file, which is replaced whole: an interrupted run leaves the last good one."""
-
-    def __init__(self, head: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
-        self.head, self.rows, self.saved = head, rows, time.perf_counter()
-
-    def fill(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The cell, computed where it is lacking."""
-        if name not in self.rows:
-            began = time.perf_counter()
-            try:
-                row = make()
-            except (ArithmeticError, TooMany, scoresde.UnfinishedError) as error:
-                row = {"error": f"{type(error).__name__}: {error}"[:200]}
-            seconds = time.perf_counter() - began
-            self.rows[name] = rounded(row, 12 if name.startswith("truth") else 5) | {"seconds": round(seconds, 3)}
-            self.head["seconds"] = round(self.head["seconds"] + seconds, 1)
-            print(f"{self.head['seconds']:7.1f} s  {name}: {json.dumps(self.rows[name])}", flush=True)
-            if time.perf_counter() - self.saved > 10:
-                self.save()
-        return self.rows[name]
-
-    def save(self) -> None:
-        """Write all of it."""
-        body = ",\n".join(f"{json.dumps(name)}:{json.dumps(row, allow_nan=False)}" for name, row in self.rows.items())
-        new = OUT.with_suffix(".new")
-        new.write_text(f'{json.dumps(self.head, indent=1)[:-2]},\n "cells": {{\n{body}\n}}}}\n')
-        os.replace(new, OUT)
-        self.saved = time.perf_counter()
+    def digits(self, name: str) -> int:
+        """Twelve of the truths, from which errors are cut."""
+        return 12 if name.startswith("truth") else 5
 
     def curve(self, problem: str, sde: str, who: str, of: str = "B") -> list[tuple[float, dict[str, Any]]]:
         """(setting, cell) where there is an error to read, the cheapest first."""
@@ -920,7 +892,7 @@ def library() -> str:
 def rule() -> str:
     """What log_prob(nfe=32) takes."""
     found = scoresde.log_prob(Nothing(scoresde.VP()), torch.zeros(1, 1, dtype=D), nfe=32, divergence=exact())
-    return f"{found.solution.solver!r}, times {rounded(found.solution.times[:3].tolist(), 4)} ..."
+    return f"{found.solution.solver!r}, times {cells_of.rounded(found.solution.times[:3].tolist(), 4)} ..."
 
 
 def main() -> None:

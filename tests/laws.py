@@ -14,7 +14,7 @@ import scoresde
 from scoresde import sde as sdes
 from scoresde import solvers, variables
 from scoresde.exact import Gaussian, Mixture
-from scoresde.noise import Noise
+from scoresde.noise import Noise, seeded
 from scoresde.orders import affine_law, on_path, slopes
 from scoresde.solve import solve, steps_within
 
@@ -147,6 +147,15 @@ def mixture(sde: sdes.LinearSDE) -> Mixture:
     """The 2-D problem: three Gaussians of different widths and weights."""
     means = torch.tensor([[1.0, 0.3], [-0.8, 0.9], [-0.2, -1.1]], dtype=D)
     return Mixture(sde, means, torch.tensor([0.35, 0.25, 0.5], dtype=D), weights=torch.tensor([0.5, 0.2, 0.3], dtype=D))
+
+
+def unet(**kwargs):
+    """A network of images (1, 4, 4) in float64, away from its zero start."""
+    net = scoresde.UNet((1, 4, 4), channels=8, **kwargs).double()
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.add_(0.1 * seeded([i]).initial((1, *p.shape), D)[0])
+    return scoresde.Preconditioned(net, sdes.VP())
 
 
 def logsnr_times(sde: sdes.LinearSDE, n: int, low: float = -4.0, high: float = 4.0) -> Tensor:

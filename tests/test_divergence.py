@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from laws import D, mixture
+from laws import D, mixture, unet
 from torch import nn
 
 import scoresde as s
@@ -15,15 +15,6 @@ from scoresde.noise import seeded
 
 CPU = torch.device("cpu")
 T = torch.tensor(0.4, dtype=D)
-
-
-def unet(**kwargs):
-    """A network of images (1, 4, 4) in float64, away from its zero start."""
-    net = s.UNet((1, 4, 4), channels=8, **kwargs).double()
-    with torch.no_grad():
-        for i, p in enumerate(net.parameters()):
-            p.add_(0.1 * seeded([i]).initial((1, *p.shape), D)[0])
-    return s.Preconditioned(net, VP())
 
 
 def mlp(d, shape=None):

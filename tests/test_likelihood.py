@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from laws import SIX, D, every_sde, mixture
+from laws import SIX, D, every_sde, mixture, unet
 
 import scoresde as s
 from scoresde import EDM, VP, Gaussian, Heun, Mixture, Quantized, TorchDiffEq
@@ -27,15 +27,6 @@ def problem(name, rows):
     first, _ = ends(law.sde)
     x = law.sample(rows, first, seeds=range(rows))
     return law, x, law.log_prob(x, first)
-
-
-def unet(**kwargs):
-    """A network of images (1, 4, 4) in float64, away from its zero start."""
-    net = s.UNet((1, 4, 4), channels=8, **kwargs).double()
-    with torch.no_grad():
-        for i, p in enumerate(net.parameters()):
-            p.add_(0.1 * seeded([i]).initial((1, *p.shape), D)[0])
-    return s.Preconditioned(net, VP())
 
 
 IMAGES = seeded(range(3)).initial((3, 1, 4, 4), D)
