@@ -206,6 +206,7 @@ def test_processes_and_an_interrupt_change_no_bit(tmp_path):
     running = subprocess.Popen(
         [sys.executable, "-m", "scoresde", *words, "--processes", "2"], cwd=Path(s.__file__).parent.parent, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are born deaf to it
     )  # fmt: skip
     path, until = tmp_path / "out" / "likelihood.csv", time.monotonic() + 120
     while not (path.exists() and path.read_bytes().count(b"\n") > 2) and time.monotonic() < until and running.poll() is None:
