@@ -161,9 +161,8 @@ def bits_per_dim(
     is not in stderr: solver_error=True estimates it. Warns of negative values and of images that use few of the levels.
     """
     cells, sde = Quantized(levels, low, high), check_denoiser(denoiser).sde
-    like = torch.zeros(images.shape if isinstance(images, Tensor) else (0, 1), dtype=dtype, device=getattr(images, "device", None))
     centres = cells.to_model(images).to(dtype)  # refuses what is not images before anything is drawn
-    check_state(like, "images (in dtype=)")
+    check_state(centres, "images (in dtype=)")
     images = images.long()
     check_count(samples, "samples")
     dequantization = Uniform() if dequantization is None else dequantization
@@ -185,7 +184,7 @@ def bits_per_dim(
     noise, kept = noise_of(len(images), seeds, generator)
     seeds = None if seeds is None else kept
     t = torch.tensor(sde.t_min, dtype=torch.float64) if times is None else times.min().double()
-    alpha, rho, d = float(sde.alpha(t)), float(sde.rho(t)), like[0].numel() if len(like) else 1
+    alpha, rho, d = float(sde.alpha(t)), float(sde.rho(t)), centres[0].numel() if len(centres) else 1
     draws: list[Tensor] = []
     errors: list[Tensor] = []
     densities: list[Tensor] = []

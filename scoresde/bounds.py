@@ -86,9 +86,8 @@ def elbo(
     rows, d = len(x0), x0.shape[1:].numel()
     check_labels(denoiser, rows)
     noise, _ = noise_of(rows, seeds, generator)
-    (alpha, _), (sigma, _), (_, rho) = (c(ends).tolist() for c in (sde.alpha, sde.sigma, sde.rho))
-    std, table = sde.prior_std(), None if cells is None else _decoder(cells, rho).to(x.device)
-    ratio = (sigma / std) ** 2
+    rho = float(sde.rho(ends[-1]))
+    table = None if cells is None else _decoder(cells, rho).to(x.device)
     centre, half = (0.0, 1.0) if cells is None else ((low + high) / 2, (high - low) / 2)
     parts: list[Tensor] = []
     ledger: dict[str, float] = {}
@@ -101,7 +100,7 @@ def elbo(
         v = (data - centre).double().square().flatten(1).mean(1, keepdim=True) + half**2
         with oracle:
             draws = _draws(oracle, data, v, samples, times) if rows else v.expand(0, samples)
-        prior = ((alpha / std * data.double()) ** 2 + (ratio - 1 - math.log(ratio))).flatten(1).sum(1) / 2
+        prior = sde.prior_kl(data.double().square().flatten(1).sum(1), d)
         closed = torch.full_like(prior, d / 2 * (1 + math.log(2 * math.pi * rho**2)))
         reconstruction = closed if table is None else table[x[here].long()].flatten(1).sum(1)
         variance = error = torch.full_like(prior, math.nan)

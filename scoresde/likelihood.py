@@ -182,16 +182,13 @@ def density(
 
 
 def prior_mismatch(sde: LinearSDE, x: Tensor, t: Tensor) -> float:
-    """Mean KL(N(alpha x0, sigma^2 I) || N(0, s^2 I)) at t_max over the x0 behind x `[B, *shape]` at t, nats.
+    """Mean of `prior_kl` over the x0 behind x `[B, *shape]` at t, nats: by convexity at least KL(p_{t_max} || prior).
 
-    By convexity at least KL(p_{t_max} || prior). It is D / 2 (sigma^2 / s^2 - 1 - log sigma^2 / s^2) + alpha^2 E|x0|^2 / (2 s^2),
-    and E|x0|^2 is that of x / alpha less D rho^2. Ho et al. 2020 (NeurIPS), eq. 5, L_T.
+    E|x0|^2 is that of x / alpha less D rho^2.
     """
-    last = torch.tensor(sde.t_max, dtype=torch.float64)
-    d, share = x[0].numel() if len(x) else 0, float((sde.sigma(last) / sde.prior_std()) ** 2)
-    square = float(x.double().square().sum() / max(1, len(x)) / sde.alpha(t) ** 2 - d * sde.rho(t) ** 2)
-    square = 0.0 if square < 0 else square  # and nan stays
-    return d / 2 * (share - 1 - math.log(share)) + float(sde.alpha(last) / sde.prior_std()) ** 2 * square / 2
+    d = x[0].numel() if len(x) else 0
+    square = x.double().square().sum().cpu() / max(1, len(x)) / sde.alpha(t) ** 2 - d * sde.rho(t) ** 2
+    return float(sde.prior_kl(square.clamp(min=0.0), d))  # clamp leaves nan
 
 
 def divergence_of(divergence: Divergence | None, shape: torch.Size) -> Divergence:

@@ -150,6 +150,15 @@ class LinearSDE(SDE):
         """Standard deviation of the prior N(0, std^2 I) that stands for p_{t_max}: sigma(t_max)."""
         return float(self.sigma(torch.tensor(self.t_max, dtype=torch.float64)))
 
+    def prior_kl(self, square: Tensor, d: int) -> Tensor:
+        """KL(N(alpha x0, sigma^2 I) || N(0, s^2 I)) at t_max, s = prior_std, of x0 of d numbers whose |x0|^2 is `square`, nats.
+
+        d / 2 (sigma^2 / s^2 - 1 - log sigma^2 / s^2) + alpha^2 |x0|^2 / (2 s^2). Ho et al. 2020 (NeurIPS), eq. 5, L_T.
+        """
+        last = torch.tensor(self.t_max, dtype=torch.float64)
+        ratio = float((self.sigma(last) / self.prior_std()) ** 2)
+        return d / 2 * (ratio - 1 - math.log(ratio)) + float(self.alpha(last) / self.prior_std()) ** 2 * square / 2
+
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """Log-density of the prior N(0, prior_std^2 I) in nats, `[B]`; the true p_{t_max} has mean alpha(t_max) E[x_0]."""
         d, std = x[0].numel() if len(x) else 0, self.prior_std()

@@ -124,17 +124,8 @@ def sample(
         return solve(denoiser, x, solver, times, noise, microbatch, throw=throw, finish=final_mean if denoise else None, seeds=kept)
     with torch.inference_mode(False), torch.no_grad():  # see `log_prob`
         found = density(
-            denoiser,
-            x.clone(),
-            solver,
-            times.clone(),
-            noise,
-            microbatch,
-            divergence=divergence,
-            prior=None,
-            throw=throw,
-            seeds=kept,
-        )
+            denoiser, x.clone(), solver, times.clone(), noise, microbatch, divergence=divergence, prior=None, throw=throw, seeds=kept
+        )  # fmt: skip
     return replace(found.solution, log_prob=found)
 
 
@@ -162,15 +153,8 @@ def decode(
 
 
 def _flow(
-    denoiser: Denoiser,
-    x: Tensor,
-    solver: Solver | None,
-    up: bool,
-    round_trip: bool,
-    microbatch: int | None,
-    throw: bool,
-    **budget: Any,
-) -> Solution:
+    denoiser: Denoiser, x: Tensor, solver: Solver | None, up: bool, round_trip: bool, microbatch: int | None, throw: bool, **budget: Any
+) -> Solution:  # fmt: skip
     solver, times = ode_plan(check_denoiser(denoiser).sde, solver, **budget)
     times = times.sort(descending=not up).values
     x = check_finite(check_state(x))
