@@ -14,26 +14,21 @@ python benchmarks/adaptive.py            compute what results/adaptive.json lack
     --tables                             only print the tables and draw the figure
 """
 
-import argparse
 import itertools
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import cells as cells_of
 import problems
 import torch
-from noise import processor
 from PIL import Image
 from torch import Tensor
 from torchdiffeq import odeint
@@ -668,30 +663,23 @@ def draw(cells: Cells, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag in ("--fresh", "--tables"):
-        parser.add_argument(flag, action="store_true")
+    parser = cells_of.options(__doc__)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    stored = json.loads(OUT.read_text()) if OUT.exists() and not args.fresh else None
-    if args.tables:
-        if stored is None:
-            raise SystemExit(f"{OUT.relative_to(ROOT)} is missing: run without --tables first")
+    stored = cells_of.stored(OUT, args)
+    if args.tables and stored:
         cells = Cells(stored, stored.pop("cells"))
     else:
-        versions = {p: version(p) for p in ("scoresde", "torch", "torchdiffeq", "scipy", "numpy", "scikit-learn", "k-diffusion")}
-        head: dict[str, Any] = {
-            "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
-            "threads": torch.get_num_threads(), "versions": {"python": platform.python_version(), **versions}, "rows": ROWS,
+        head: dict[str, Any] = cells_of.machine() | {
+            "rows": ROWS,
             "seeds": {k: f"from {i}" for k, i in FIRST.items()}, "tolerances": list(TOLERANCES),
-            "sdes": {n: repr(k()) for n, k in problems.SDES.items()}, "load at start": round(os.getloadavg()[0], 2),
+            "sdes": {n: repr(k()) for n, k in problems.SDES.items()},
             "unit": "rms, max, median: error of a sample against the exact flow; own: the same entry by entry over rtol |x| + atol "
             "(alpha + sigma); nfe: mean over samples; rejected: share of them; seconds: wall time",
             "seconds": stored["seconds"] if stored else 0.0,
         }  # fmt: skip
         fixed = ("rows", "seeds", "tolerances", "sdes")
-        if changed := [k for k in fixed if stored and stored[k] != head[k]]:
-            raise SystemExit(f"{OUT.relative_to(ROOT)} was made with other {', '.join(changed)}: --fresh starts anew")
+        cells_of.check_same(stored, head, fixed, OUT)
         print(json.dumps(head, indent=1), flush=True)
         cells = Cells(head, stored["cells"] if stored else {})
         try:

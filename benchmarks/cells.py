@@ -1,11 +1,17 @@
 """Results of a benchmark by name, kept in a file that is replaced whole, so that an interrupted run goes on where it was."""
 
+import argparse
 import json
 import os
+import platform
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
+from noise import processor
 
 import scoresde
 
@@ -17,6 +23,38 @@ def rounded(value: Any, digits: int = 5) -> Any:
     if isinstance(value, list):
         return [rounded(v, digits) for v in value]
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """--fresh and --tables, in the words of the script's own docstring."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag in ("--fresh", "--tables"):
+        parser.add_argument(flag, action="store_true")
+    return parser
+
+
+def stored(path: Path, chosen: argparse.Namespace) -> dict[str, Any] | None:
+    """What the file holds, None to start anew; --tables without it is an error."""
+    found = json.loads(path.read_text()) if path.exists() and not chosen.fresh else None
+    if chosen.tables and found is None:
+        raise SystemExit(f"{path.name} is missing: run without --tables first")
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what it runs."""
+    versions = {p: version(p) for p in ("scoresde", "torch", "torchdiffeq", "scipy", "numpy", "scikit-learn", "k-diffusion")}
+    return {
+        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(), "versions": {"python": platform.python_version(), **versions},
+        "load at start": round(os.getloadavg()[0], 2),
+    }  # fmt: skip
+
+
+def check_same(before: dict[str, Any] | None, head: dict[str, Any], fixed: tuple[str, ...], path: Path) -> None:
+    """SystemExit when the stored results were made with other settings."""
+    if changed := [k for k in fixed if before and before[k] != head[k]]:
+        raise SystemExit(f"{path.name} was made with other {', '.join(changed)}: --fresh starts anew")
 
 
 class Cells:

@@ -23,14 +23,11 @@ python benchmarks/likelihood.py          compute what results/likelihood.json la
     --fashion FOLDER                     the network of fashion.py (default benchmarks/weights/fashion)
 """
 
-import argparse
 import csv
 import hashlib
 import itertools
 import json
 import math
-import os
-import platform
 import re
 import statistics
 import sys
@@ -39,7 +36,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +45,6 @@ import numpy as np
 import problems
 import scipy.integrate
 import torch
-from noise import processor
 from PIL import Image
 from torch import Tensor
 from torchdiffeq import odeint
@@ -896,16 +891,12 @@ def rule() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag in ("--fresh", "--tables"):
-        parser.add_argument(flag, action="store_true")
+    parser = cells_of.options(__doc__)
     parser.add_argument("--fashion", type=Path, default=fashion.FOLDER)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    stored = json.loads(OUT.read_text()) if OUT.exists() and not args.fresh else None
-    if args.tables:
-        if stored is None:
-            raise SystemExit(f"{OUT.relative_to(ROOT)} is missing: run without --tables first")
+    stored = cells_of.stored(OUT, args)
+    if args.tables and stored:
         cells = Cells(stored, stored.pop("cells"))
     else:
         unet()
@@ -917,21 +908,18 @@ def main() -> None:
         except OSError as error:
             folder = None
             print(f"without the network of fashion.py: {error}", flush=True)
-        versions = {p: version(p) for p in ("scoresde", "torch", "torchdiffeq", "scipy", "numpy", "scikit-learn", "k-diffusion")}
-        head: dict[str, Any] = {
-            "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
-            "threads": torch.get_num_threads(), "versions": {"python": platform.python_version(), **versions}, "rows": ROWS,
+        head: dict[str, Any] = cells_of.machine() | {
+            "rows": ROWS,
             "seeds": {k: f"from {i}" for k, i in FIRST.items()}, "bounds": [MEAN, WORST],
             "probes": {"seeds": SEEDS, "images": PROBED, "evaluations": NFE},
-            "sdes": {n: repr(k()) for n, k in problems.SDES.items()}, "load at start": round(os.getloadavg()[0], 2),
+            "sdes": {n: repr(k()) for n, k in problems.SDES.items()},
             "unit": "cost: mean, max, bias of the error of log p, bits/dim; nfe: evaluations a sample, mean; forward-equivalents with one "
             "probe, 4 a call of score_sde, 3 of others; probes: rms deviation of log p over seeds, bits/dim; modes: seconds over those of "
             "a plain evaluation; estimate: solver_error over the true error; seconds: wall time",
             "networks": networks, "library": library(), "rule": rule(), "seconds": stored["seconds"] if stored else 0.0,
         }  # fmt: skip
         fixed = ("rows", "seeds", "bounds", "probes", "sdes")
-        if changed := [k for k in fixed if stored and stored[k] != head[k]]:
-            raise SystemExit(f"{OUT.relative_to(ROOT)} was made with other {', '.join(changed)}: --fresh starts anew")
+        cells_of.check_same(stored, head, fixed, OUT)
         rows = stored["cells"] if stored else {}
         for name, where in (("unet", r"\| unet \||^truth|probes \| digits|1x8x8"), ("fashion", r"probes \| fashion|1x28x28")):
             if stored and name in networks and stored["networks"].get(name) != networks[name]:
