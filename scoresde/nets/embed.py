@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 
 from scoresde.checks import check_count, shape_of
 
-__all__ = ["Conditioning", "check_call", "check_shape", "fourier", "seeded"]
+__all__ = ["Conditioning", "check_call", "check_shape", "fourier", "gaussian", "seeded"]
 
 # c_noise = log(sigma / alpha) / 4 spans about [-3, 3]. A period of 2 pi / 0.5 covers that without a repeat; one of
 # 2 pi / 16 still resolves a factor of 5 in sigma, and no finer: high-order solvers need a net that is smooth in time.
@@ -33,7 +33,9 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is not None and check_count(seed, "seed", 0) >= 2**63:
         raise ValueError(f"seed is {seed}; wanted an integer below 2**63: seed % 2**63")
     # The CPU generator alone is seeded, then restored: torch.manual_seed would reseed every accelerator as well.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    # A net on the meta device has shapes and no weights, so there is nothing to draw.
+    device = "meta" if torch.get_default_device().type == "meta" else "cpu"
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         if seed is None:
             torch.default_generator.seed()
         else:
@@ -52,23 +54,45 @@ def fourier(c: Tensor, features: int) -> Tensor:
         [B, features], each entry of mean square 1 over a period.
     """
     low, high = math.log(OMEGA_LOW), math.log(OMEGA_HIGH)
-    omega = torch.linspace(low, high, features // 2, dtype=c.dtype, device=c.device).exp()
+    return _waves(c, torch.linspace(low, high, features // 2, dtype=c.dtype, device=c.device).exp())
+
+
+def gaussian(c: Tensor, features: int, scale: float) -> Tensor:
+    """Embed a number as sqrt(2) [sin(2 pi w c), cos(2 pi w c)], w the quantiles of |normal(0, scale^2)| at (k + 1/2) / n.
+
+    Song et al. 2021 (score SDE), appendix C, draw w; the quantiles are as spread, hold no weights and are the same in every dtype.
+    (A negative w changes the sign of a sine, which the next layer can do.)
+
+    Args:
+        c: [B] float32 or float64; the arithmetic stays in this dtype.
+        features: 2 n, the length of the embedding.
+        scale: standard deviation of w, in periods a unit of c.
+
+    Returns:
+        [B, features], each entry of mean square 1 over a period.
+    """
+    middles = (torch.arange(features // 2, dtype=c.dtype, device=c.device) + 0.5) / (features // 2)
+    return _waves(c, 2 * math.pi * scale * torch.special.ndtri((1 + middles) / 2))
+
+
+def _waves(c: Tensor, omega: Tensor) -> Tensor:
     angle = c[:, None] * omega
     return math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class Conditioning(nn.Module):
-    """Embed the noise level, and the label where there are classes: e = silu(W2 silu(W1 fourier(c) + label)).
+    """Embed the noise level, and the label where there are classes: e = silu(W2 silu(W1 embed(c) + label)).
 
     Args:
         features: even length of the Fourier embedding.
         width: length of the result.
         classes: number of labels, 0 for none. Row 0 of the table is "no label"; label k is row k + 1.
+        embed: the Fourier embedding, a function (c, features) -> [B, features].
     """
 
-    def __init__(self, features: int, width: int, classes: int) -> None:
+    def __init__(self, features: int, width: int, classes: int, embed: Callable[[Tensor, int], Tensor] = fourier) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.embed = features, embed
         self.classes = check_count(classes, "classes", 0)
         self.first = nn.Linear(features, width)
         self.second = nn.Linear(width, width)
@@ -77,7 +101,7 @@ class Conditioning(nn.Module):
     def forward(self, c_noise: Tensor, cond: Tensor | None) -> Tensor:
         """Return the embedding [B, width] of c_noise [B] and cond (None, or labels [B]), in the dtype of the weights."""
         # bfloat16 has 8 bits, so neighbouring noise levels would share an embedding: only the features are cast.
-        e = self.first(fourier(c_noise, self.features).to(self.first.weight.dtype))
+        e = self.first(self.embed(c_noise, self.features).to(self.first.weight.dtype))
         if self.labels is not None:
             e = e + (self.labels.weight[0] if cond is None else self._look_up(self.labels, cond))
         return silu(self.second(silu(e)))

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, silu, softmax
+from torch.nn.functional import silu
 
 from scoresde.checks import check_count, check_number
-from scoresde.nets.embed import Conditioning, check_call, check_shape, seeded
+from scoresde.nets.blocks import HALF, Attention, check_image, check_levels, crop, double, halve, norm, zeroed
+from scoresde.nets.embed import Conditioning, check_call, seeded
 
 __all__ = ["UNet"]
-
-HALF = math.sqrt(0.5)  # a sum of two branches keeps its variance (Song et al. 2021, appendix H: skip rescaling)
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 class UNet(nn.Module):
@@ -59,19 +56,10 @@ class UNet(nn.Module):
         seed: int | None = 0,
     ) -> None:
         super().__init__()
-        self.shape = check_shape(shape)
-        if len(self.shape) != 3:
-            raise ValueError(f"shape is {shape}; wanted (C, H, W), as in (1, 8, 8); nets.MLP takes any other shape")
-        check_count(channels, "channels", 4)
-        if not isinstance(multipliers, Sequence) or not multipliers:
-            raise TypeError(f"multipliers is {multipliers!r}; wanted one integer a level, as in (1, 2)")
-        widths = [channels * check_count(m, f"multipliers[{i}]") for i, m in enumerate(multipliers)]
-        self.per_level = check_count(blocks, "blocks")
+        self.shape = check_image(shape)
+        widths = check_levels(channels, multipliers, attention)
         levels = range(len(widths))
-        if not isinstance(attention, Sequence) or not {type(level) for level in attention} <= {int}:
-            raise TypeError(f"attention is {attention!r}; wanted a sequence of levels, as in (1,), or () for none")
-        if not set(attention) <= set(levels):
-            raise ValueError(f"attention is {attention!r}; wanted levels among {list(levels)}: they index multipliers")
+        self.per_level = check_count(blocks, "blocks")
         check_number(dropout, "dropout", 0, 1)
         self.config: dict[str, Any] = {
             "shape": list(self.shape),
@@ -102,8 +90,8 @@ class UNet(nn.Module):
                 self.narrow.append(nn.Conv2d(width, widths[level], 1) if width != widths[level] else nn.Identity())
                 width = widths[level]
                 self.up.extend(block(2 * width, level) for _ in range(blocks))
-            self.norm = _norm(width)
-            self.leave = _zero(nn.Conv2d(width, self.shape[0], 3, padding=1))
+            self.norm = norm(width)
+            self.leave = zeroed(nn.Conv2d(width, self.shape[0], 3, padding=1))
         self.to(torch.get_default_device())
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -124,7 +112,7 @@ class UNet(nn.Module):
         skips = []
         for i, block in enumerate(self.down):
             if i and i % self.per_level == 0:
-                h = avg_pool2d(h, 2, ceil_mode=True)
+                h = halve(h)
             h = block(h, e)
             skips.append(h)
         h = self.middle(h, e)
@@ -134,7 +122,7 @@ class UNet(nn.Module):
             if not later:
                 h = self.narrow[level](h)
                 if level:
-                    h = interpolate(h, scale_factor=2.0, mode="nearest")[..., : skip.shape[2], : skip.shape[3]]
+                    h = crop(double(h), skip)
             h = block(torch.cat([h, skip], dim=1), e)
         return self.leave(silu(self.norm(h)))
 
@@ -142,14 +130,14 @@ class UNet(nn.Module):
 class _Block(nn.Module):
     def __init__(self, fan_in: int, width: int, emb: int, dropout: float, attention: bool) -> None:
         super().__init__()
-        self.norm1 = _norm(fan_in)
+        self.norm1 = norm(fan_in)
         self.conv1 = nn.Conv2d(fan_in, width, 3, padding=1)
         self.film = nn.Linear(emb, 2 * width)
-        self.norm2 = _norm(width, affine=False)  # film has the scale and the shift
+        self.norm2 = norm(width, affine=False)  # film has the scale and the shift
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zero(nn.Conv2d(width, width, 3, padding=1))
+        self.conv2 = zeroed(nn.Conv2d(width, width, 3, padding=1))
         self.skip = nn.Conv2d(fan_in, width, 1) if fan_in != width else nn.Identity()
-        self.attention = _Attention(width) if attention else nn.Identity()
+        self.attention = Attention(width) if attention else nn.Identity()
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
@@ -157,32 +145,3 @@ class _Block(nn.Module):
         h = silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
         h = self.conv2(self.dropout(h))
         return self.attention((self.skip(x) + h) * HALF)
-
-
-class _Attention(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = _norm(width)
-        self.qkv = nn.Conv2d(width, 3 * width, 1)
-        self.out = _zero(nn.Conv2d(width, width, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)  # [B, width, H W] each
-        # Written out: scaled_dot_product_attention has no forward-mode derivative, and divergences are taken by jvp.
-        # q is scaled before the product, which overflows float16 otherwise.
-        weight = softmax((q * q.shape[1] ** -0.5).mT @ k, dim=-1)
-        h = (v @ weight.mT).reshape(x.shape)
-        return (x + self.out(h)) * HALF
-
-
-def _norm(width: int, affine: bool = True) -> nn.GroupNorm:
-    # At least 8 channels a group: narrower groups do not fill a vector register and cost up to 5 times as much.
-    groups = max(g for g in range(1, width // 8 + 1) if width % g == 0) if width >= 8 else 1
-    return nn.GroupNorm(groups, width, affine=affine)
-
-
-def _zero(layer: Layer) -> Layer:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
