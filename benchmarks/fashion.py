@@ -2,62 +2,30 @@
 
 python benchmarks/fashion.py [STEPS]      train it (4,000 steps: half an hour on one core) into benchmarks/weights/fashion
 
-The images come from the folder SCORESDE_FASHION if it is set, else from Debian's package dataset-fashion-mnist (Xiao et al. 2017, MIT),
-which `apt-get download` fetches into the cache folder; the bytes are checked against the published MD5.
+The images (Xiao et al. 2017, MIT) are those of `scoresde.datasets.fashion_mnist`: from the folder SCORESDE_FASHION if it is set.
 """
 
-import gzip
-import hashlib
-import os
-import shutil
-import subprocess
 import sys
 import time
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import scoresde
-from scoresde import checkpoint, loss, parameterizations
+from scoresde import checkpoint, datasets, loss, parameterizations
 
 FOLDER = Path(__file__).parent / "weights/fashion"
-MD5 = {"train": "f4a8712d7a061bf5bd6d2ca38dc4d50a"}
 CELLS = scoresde.Quantized(256)
 SHAPE, SIGMA_DATA, BATCH, STEPS = (1, 28, 28), 0.7, 64, 4000
 
 
-def folder() -> Path:
-    """Where the idx-gz files lie; OSError when they can be had nowhere."""
-    own = os.environ.get("SCORESDE_FASHION")
-    if own:
-        return Path(own)
-    cache_folder = Path(os.environ.get("SCORESDE_CACHE", Path.home() / ".cache/scoresde")) / "fashion-mnist"
-    found = cache_folder / "usr/share/datasets/fashion-mnist"
-    if not found.is_dir():
-        cache_folder.mkdir(parents=True, exist_ok=True)
-        apt, dpkg = shutil.which("apt-get"), shutil.which("dpkg-deb")
-        if not apt or not dpkg:
-            raise OSError("Fashion-MNIST is not at hand: set SCORESDE_FASHION to the folder of its idx-gz files")
-        try:
-            subprocess.run([apt, "download", "dataset-fashion-mnist"], cwd=cache_folder, check=True, capture_output=True)  # noqa: S603
-            (package,) = cache_folder.glob("*.deb")
-            subprocess.run([dpkg, "-x", str(package), str(cache_folder)], check=True, capture_output=True)  # noqa: S603
-        except (subprocess.CalledProcessError, ValueError) as error:
-            raise OSError(
-                f"Fashion-MNIST could not be fetched ({error}): set SCORESDE_FASHION to the folder of its files"
-            ) from error
-    return found
-
-
 @cache
 def images(part: str) -> Tensor:
-    """uint8 `[N, 1, 28, 28]`, N = 60,000 of `train` or 10,000 of `t10k`."""
-    raw = gzip.decompress((folder() / f"{part}-images-idx3-ubyte.gz").read_bytes())
-    if part in MD5 and hashlib.md5(raw, usedforsecurity=False).hexdigest() != MD5[part]:
-        raise OSError(f"the {part} images in {folder()} are not the published ones")
-    return torch.frombuffer(bytearray(raw[16:]), dtype=torch.uint8).reshape(-1, *SHAPE)
+    """uint8 `[N, 1, 28, 28]`, N = 60,000 of `train` or 10,000 of `t10k`; OSError when they can be had nowhere."""
+    return torch.from_numpy(np.array(datasets.fashion_mnist(part={"t10k": "test"}.get(part, part)).x))
 
 
 def train(steps: int) -> None:

@@ -8,12 +8,14 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-__all__ = ["Images", "load"]
+__all__ = ["Images", "files_of", "load", "mapped", "picture", "survey"]
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of PIL: what 8-bit RGB and alpha hold without loss
+GREY = ("1", "L", "LA")
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,23 @@ def load(path: Path, shape: Sequence[int]) -> Images:
 
 
 # --- a file of numbers ---------------------------------------------------------------------------------------------------
-def _array(path: Path, shape: tuple[int, ...]) -> Images:
+def mapped(path: Path, what: str) -> np.ndarray:
+    """The array of a `.npy` file, mapped and not read; refuses what is no such file, and objects, which only unpickling would read."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy raises all kinds at a header that is not one
-        raise ValueError(f"{path} cannot be read as integer images ({error}); wanted what np.save writes of them") from error
-    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu":
+        raise ValueError(f"{path} cannot be read as {what} ({error}); wanted what np.save writes of them") from error
+    if not isinstance(found, np.ndarray):
+        raise TypeError(f"{path} holds {type(found).__name__}; wanted one array of {what}, as np.save writes it")
+    return found
+
+
+def _array(path: Path, shape: tuple[int, ...]) -> Images:
+    found = mapped(path, "integer images")
+    if found.dtype.kind not in "iu":
         raise TypeError(
-            f"{path} holds {getattr(found, 'dtype', type(found).__name__)}; wanted integers, grey levels as they were read: of floats "
-            "k / 255 they are np.round(255 * x).astype(np.uint8)"
+            f"{path} holds {found.dtype}; wanted integers, grey levels as they were read: of floats k / 255 they are "
+            "np.round(255 * x).astype(np.uint8)"
         )
     axes, last = found.shape[1:], (*shape[1:], shape[0])
     to_shape: Callable[[np.ndarray], np.ndarray]
@@ -91,14 +101,9 @@ def _array(path: Path, shape: tuple[int, ...]) -> Images:
 
 # --- a folder of image files ---------------------------------------------------------------------------------------------
 def _folder(path: Path, shape: tuple[int, ...]) -> Images:
-    if importlib.util.find_spec("PIL") is None:
-        raise ModuleNotFoundError("image files are read by Pillow: pip install 'scoresde[plots]', or save the images as .npy")
-    from PIL import Image
-
+    files = files_of(path)
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(f"image files have 1 or 3 channels, the network wants {list(shape)}; save the data as .npy [N, *shape]")
-    suffixes = Image.registered_extensions()
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and p.is_file() and not p.name.startswith("."))
     if not files:
         raise ValueError(f"{path} holds no image files; wanted PNG or the like in it (folders inside it are not searched)")
     if strange := [p.name for p in files if not p.name.isprintable()]:
@@ -106,29 +111,82 @@ def _folder(path: Path, shape: tuple[int, ...]) -> Images:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    read = lambda a, b: np.stack([_picture(file, shape) for file in files[a:b]])
+    read = lambda a, b: np.stack([picture(file, shape) for file in files[a:b]])
     return Images(len(files), [file.name for file in files], digest.hexdigest(), read)
 
 
-def _picture(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 `[C, H, W]` of a file."""
+def files_of(path: Path) -> list[Path]:
+    """The image files in a folder by name, none of those in folders in it; ModuleNotFoundError without Pillow."""
+    if importlib.util.find_spec("PIL") is None:
+        raise ModuleNotFoundError("image files are read by Pillow: pip install 'scoresde[plots]', or save the images as .npy")
+    from PIL import Image
+
+    suffixes = Image.registered_extensions()
+    return sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and p.is_file() and not p.name.startswith("."))
+
+
+def survey(files: Sequence[Path]) -> tuple[int, int, int]:
+    """The shape (C, H, W) of them all, C = 1 where every file is grey and else 3; refuses other sizes, 16 bits, transparency.
+
+    It reads the headers, and of files with an alpha channel the pixels.
+    """
+    from PIL import Image
+
+    channels, sizes = 1, dict[tuple[int, int], Path]()
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                mode, size, frames = _head(image)
+                alpha = mode in ("LA", "PA", "RGBA") or "transparency" in image.info
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        _refuse(path, mode, frames)
+        if alpha:  # few files have any, and only their pixels say whether they are opaque
+            picture(path, (3, size[1], size[0]))
+        first, at = next(iter(sizes.items()), (size, path))
+        if size != first:
+            raise ValueError(
+                f"{path} is {size[0]} x {size[1]} and {at} {first[0]} x {first[1]}; wanted one size: nothing is resized here"
+            )
+        sizes[size] = at
+        channels = channels if mode in GREY else 3
+    ((width, height),) = sizes
+    return channels, height, width
+
+
+def picture(path: Path, shape: Sequence[int]) -> np.ndarray:
+    """uint8 `[C, H, W]` of a file, C of 1 or 3; ValueError for one that is not of this size and kind."""
     from PIL import Image
 
     channels, height, width = shape
     try:
         with Image.open(io.BytesIO(path.read_bytes())) as image:
-            mode, size, frames = image.mode, image.size, getattr(image, "n_frames", 1)
-            mode = "16 bits" if ";16" in repr(getattr(image, "tile", "")) else mode  # PIL would drop the lower eight without a word
+            mode, size, frames = _head(image)
             rgba = np.asarray(image.convert("RGBA")) if mode in MODES and size == (width, height) else None
-    except Exception as error:  # PIL raises many kinds, SyntaxError among them
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); mend or remove it") from error
+    except Exception as error:
+        raise _unreadable(path, error) from error
     if size != (width, height):
         raise ValueError(f"{path} is {size[0]} x {size[1]}; the network wants {width} x {height}, and nothing is resized here")
-    if rgba is None or frames > 1:
-        what = f"{frames} frames" if frames > 1 else mode
-        raise ValueError(f"{path} is of {what}; wanted one image of 8 bits, grey or RGB: save the data as .npy")
-    if (rgba[..., 3] != 255).any():
+    _refuse(path, mode, frames)
+    if rgba is None or (rgba[..., 3] != 255).any():
         raise ValueError(f"{path} is transparent in places; wanted opaque images: lay it on a background first")
     if channels == 1 and (rgba[..., :1] != rgba[..., 1:3]).any():
         raise ValueError(f"{path} is in colour and the network has one channel; how to make it grey is yours to choose")
     return np.moveaxis(rgba[..., :channels], -1, 0)
+
+
+def _head(image: Any) -> tuple[str, tuple[int, int], int]:
+    """(mode, (width, height), frames); a mode of PIL, or of what it would drop the lower eight bits without a word."""
+    deep = ";16" in repr(getattr(image, "tile", ""))
+    return "16 bits" if deep else image.mode, image.size, getattr(image, "n_frames", 1)
+
+
+def _refuse(path: Path, mode: str, frames: int) -> None:
+    if mode not in MODES or frames > 1:
+        what = f"{frames} frames" if frames > 1 else mode
+        raise ValueError(f"{path} is of {what}; wanted one image of 8 bits, grey or RGB: save the data as .npy")
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    """PIL raises many kinds, SyntaxError among them."""
+    return ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); mend or remove it")

@@ -22,7 +22,7 @@ from .philox import CHUNK, HALF, normals, philox, unit
 
 __all__ = ["Noise", "brownian", "entropy_seeds", "gaussian", "seeded"]
 
-INITIAL, STEP, CORRECTOR, PROBE, DEQUANTIZE, BROWNIAN, DATA = range(7)  # the streams of a seed; 7, 8, ... are free
+INITIAL, STEP, CORRECTOR, PROBE, DEQUANTIZE, BROWNIAN, DATA = range(7)  # the streams of a seed; `bounds` and `data` have others
 
 LEVELS = 32  # depth of the Brownian tree: leaves of 2^-32 of the interval
 REUSED = 16  # levels of the last descent that are kept: neighbouring times share the upper ones
