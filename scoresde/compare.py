@@ -6,6 +6,7 @@ import csv
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -42,7 +43,11 @@ _MADE: dict[str, Denoiser] = {}  # of this worker process
 
 
 def _start(threads: int) -> None:
+    """In a worker: its threads, and its end with its parent's, for what a killed run leaves must not compute on."""
     torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _work(make: Callable[[], Denoiser], row: Row, shape: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, Tensor, float]:

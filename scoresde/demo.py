@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import scipy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, compare, figures, grid, loss, parameterizations
+from . import checkpoint, compare, figures, grid, loss, metrics, parameterizations
 from .bits import Quantized, bits_per_dim
 from .compare import Row
 from .denoiser import Denoiser, Preconditioned
@@ -88,20 +88,8 @@ def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def classifier(images: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, seed: int) -> tuple[ModuleFeatures, float]:
     """(features, test accuracy) of a small convolutional classifier of the digits: 32 numbers before its last layer."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 32), nn.ReLU(), nn.Linear(32, 10),
-        )  # fmt: skip
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
-    x = CELLS.to_model(images)
-    for _ in range(30):
-        for rows in torch.randperm(len(x), generator=generator).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x[rows]), labels[rows]).backward()
-            optimizer.step()
+    x, net = CELLS.to_model(images), metrics.classifier(SHAPE, 10, features=32, seed=seed)
+    metrics.train_classifier(net, x, labels, epochs=30, seed=seed)
     with torch.no_grad():
         accuracy = float((net(CELLS.to_model(test)).argmax(1) == test_labels).double().mean())
     return ModuleFeatures("digits-cnn-32", net[:-1]), accuracy

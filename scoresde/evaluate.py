@@ -70,11 +70,7 @@ class Settings:
         if sum(value is not None for value in (self.nfe, self.steps, self.tolerance)) > 1:
             raise ValueError("several of nfe, steps and tolerance are given; wanted one of them, or none for the default solver")
         _ = self.cells, self.solver, self.draws  # which have words of their own
-        try:
-            torch.empty(1, device=self.device).add_(1)
-        except (AssertionError, NotImplementedError, RuntimeError) as error:
-            what = str(error).splitlines()[0]
-            raise ValueError(f"device is {self.device!r}, which cannot be used here ({what}); wanted cpu, cuda, ...") from error
+        check_device(self.device)
 
     @property
     def cells(self) -> Quantized:
@@ -93,6 +89,16 @@ class Settings:
         return one if self.importance is None else Importance(self.importance, one)
 
 
+def check_device(device: str) -> str:
+    """Return the name of a device that can be computed on here; ValueError for any other."""
+    try:
+        torch.empty(1, device=device).add_(1)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        what = str(error).splitlines()[0]
+        raise ValueError(f"device is {device!r}, which cannot be used here ({what}); wanted cpu, cuda, ...") from error
+    return device
+
+
 def parse_divergence(text: str) -> Divergence:
     """The one of `scoresde.divergence` that a name and whole numbers after colons mean: rademacher:4 is rademacher(4)."""
     name, *numbers = text.split(":")
@@ -108,12 +114,19 @@ def parse_divergence(text: str) -> Divergence:
 
 # --- a batch -------------------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=1)
-def _model(folder: Path, config: str, device: str) -> Preconditioned:
-    """The checkpoint, loaded once a process; config: the text of its config.json when the run began."""
-    model = checkpoint.load(folder).to(device)
+def _model(folder: Path, config: str, device: str, weights: str | None = None) -> Preconditioned:
+    """The checkpoint, loaded once a process; config: the text of its config.json when the run began; weights: which, if it has several."""
+    model = checkpoint.load(folder, weights=weights).to(device)
     if (folder / "config.json").read_text() != config:
         raise ValueError(f"{folder} has been written anew since the run began; copy a checkpoint whose training goes on")
     return model
+
+
+def opened(folder: Path, device: str, weights: str | None = None) -> tuple[Path, str, Preconditioned]:
+    """The checkpoint in a folder, of a training run its newest step: where it is, the text of its config.json, the model."""
+    folder = checkpoint.find(folder.resolve())
+    text = (folder / "config.json").read_text() if (folder / "config.json").is_file() else ""
+    return folder, text, _model(folder, text, device, weights)
 
 
 def score(folder: Path, config: str, settings: Settings, levels: np.ndarray, first: int) -> list[list[Any]]:
@@ -131,6 +144,17 @@ def score(folder: Path, config: str, settings: Settings, levels: np.ndarray, fir
     stderr = found.each_stderr.tolist() if settings.samples > 1 else [""] * len(levels)
     costs = [found.nfe, *(float(found.ledger.get(name, 0.0)) for name in COSTS)]
     return [[*row, *costs] for row in zip(found.each.tolist(), found.log_prob.tolist(), stderr, strict=True)]
+
+
+def outcome(result: Callable[[], Any], piece: str) -> Any:
+    """What the work on a piece gave (`resume.finished`); RuntimeError that names the piece, or says that a process was killed."""
+    try:
+        return result()
+    except BrokenExecutor as error:
+        mend = "run again with fewer --processes or a smaller --batch; what is done is kept"
+        raise RuntimeError(f"a worker process was killed, for want of memory perhaps: {mend}") from error
+    except Exception as error:
+        raise RuntimeError(f"{piece}: {type(error).__name__}: {error}") from error
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------------
@@ -188,9 +212,9 @@ def run(
     Rows that `out` has are kept. The others come in whole batches b batch .. (b + 1) batch - 1 of the data: an image has the same mates
     and place, hence the same bits, whatever is asked for and in however many processes. The summary is of the images asked for.
     """
-    started, settings, folder = time.perf_counter(), settings or Settings(), folder.resolve()
-    text = (folder / "config.json").read_text() if (folder / "config.json").is_file() else ""
-    model, config = _model(folder, text, settings.device), json.loads(text)
+    started, settings = time.perf_counter(), settings or Settings()
+    folder, text, model = opened(folder, settings.device)
+    config = json.loads(text)
     shape = torch.Size(model.net.shape)  # type: ignore[bad-argument-type]
     source = images.load(data, shape)
     stop = source.count if count is None else first + check_count(count, "count")
@@ -229,13 +253,7 @@ def run(
         bar = tqdm(total=stop - first, initial=stop - first - len(missing), desc="likelihood", unit="image", disable=not missing)
         with bar, closing(resume.finished(processes, score, batches, arguments)) as results:
             for b, result in results:
-                try:
-                    rows = result()
-                except BrokenExecutor as error:
-                    mend = "run again with fewer --processes or a smaller --batch; what is done is kept"
-                    raise RuntimeError(f"a worker process was killed, for want of memory perhaps: {mend}") from error
-                except Exception as error:
-                    raise RuntimeError(f"images {b} .. {last(b) - 1}: {type(error).__name__}: {error}") from error
+                rows = outcome(result, f"images {b} .. {last(b) - 1}")
                 new = [[i, source.names[i], *row] for i, row in enumerate(rows, b) if i in missing]
                 table.append(new)
                 bar.update(len(new))

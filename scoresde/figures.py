@@ -1,16 +1,19 @@
-"""Figures of a comparison (matplotlib, imported only when one is drawn)."""
+"""Figures of a comparison (matplotlib) and plain images (Pillow), each imported only when one is drawn."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["likelihood", "loss", "nfe_fid", "require", "samples", "trajectories"]
+__all__ = ["curve", "likelihood", "loss", "nfe_fid", "png", "require", "samples", "scatter", "sheet", "trajectories"]
 
 # Okabe & Ito's colours, told apart by all readers
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -87,6 +90,26 @@ def samples(path: Path, sets: Mapping[str, Tensor], columns: int = 16, most: int
     _save(figure, path)
 
 
+def png(image: np.ndarray) -> bytes:
+    """A PNG file of uint8 `[C, H, W]`, as it stands: grey for C = 1, RGB for 3."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)).save(file, "PNG")
+    return file.getvalue()
+
+
+def sheet(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """uint8 `[C, h, w]` of images `[N, C, H, W]` side by side, in a square or a row short of one, with white lines between."""
+    n, c, height, width = images.shape
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = math.ceil(n / columns)
+    cells = np.full((rows * columns, c, height + 1, width + 1), 255, np.uint8)
+    cells[:n, :, :-1, :-1] = images
+    cells = cells.reshape(rows, columns, c, height + 1, width + 1).transpose(2, 0, 3, 1, 4)
+    return cells.reshape(c, rows * (height + 1), columns * (width + 1))[:, :-1, :-1]
+
+
 def trajectories(path: Path, problems: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> None:
     """Images from noise (left) to digit (right): a block a problem and kind of path, the same starts in each."""
     blocks = [(problem, label, states) for problem, kinds in problems.items() for label, states in kinds.items()]
@@ -123,4 +146,32 @@ def likelihood(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         axis.set(xlabel="bits/dim (lower: more likely)", ylabel="images")
         axis.set_title(problem.encode(errors="replace").decode(), parse_math=False)  # it may be the name of a file
         axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def curve(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], ylabel: str, xlabel: str = "step") -> None:
+    """Lines through points (x, y), a line a name; a logarithmic axis where all y are positive."""
+    figure, axes = _new(1, 1, 5.5, 3.5)
+    for i, (name, points) in enumerate(lines.items()):
+        axes[0, 0].plot(
+            *zip(*points, strict=True), color=COLOURS[i % 7], label=name, lw=1.2, marker="." if len(points) < 20 else None
+        )
+    if all(y > 0 for points in lines.values() for _, y in points):
+        axes[0, 0].set_yscale("log")
+    axes[0, 0].set(xlabel=xlabel, ylabel=ylabel)
+    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].grid(alpha=0.3)
+    _save(figure, path)
+
+
+def scatter(path: Path, x: Tensor, data: Tensor) -> None:
+    """The first two numbers of samples `[N, D]` over those of data; histograms where there is one."""
+    figure, axes = _new(1, 1, 4.5, 4.5)
+    for points, label, colour in ((data, "data", COLOURS[6]), (x, "samples", COLOURS[1])):
+        points = points.detach().double().cpu()
+        if points.shape[1] > 1:
+            axes[0, 0].plot(points[:, 0].numpy(), points[:, 1].numpy(), ".", ms=2, alpha=0.5, color=colour, label=label)
+        else:
+            axes[0, 0].hist(points[:, 0].numpy(), bins=40, alpha=0.5, density=True, color=colour, label=label)
+    axes[0, 0].legend(fontsize=7)
     _save(figure, path)

@@ -10,39 +10,22 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint import _write
 from .compare import pool
+from .store import locked, write_file
 
 __all__ = ["Table", "finished", "locked", "pin", "write_json"]
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder, made if missing, for this run alone, where the system has such locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"another run is at work in {folder}; wait for it, or choose another folder") from error
-        except (ImportError, OSError):  # no such locks here: two runs at once are the user's to avoid
-            pass
-        yield
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Whole or not at all."""
-    _write(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def pin(folder: Path, settings: Mapping[str, Any], mend: str) -> None:
@@ -106,29 +89,19 @@ class Table:
         """Write the file anew in the order of the numbers, whole or not at all."""
         data = self._text([self.columns, *(self.rows[i] for i in sorted(self.rows))]).encode()
         if not self.path.exists() or self.path.read_bytes() != data:
-            _write(self.path, data)
+            write_file(self.path, data)
 
 
 # --- processes -----------------------------------------------------------------------------------------------------------
-_watched: list[threading.Thread] = []  # of this worker process
-
-
-def _call(work: Callable[..., Any], *arguments: Any) -> Any:
-    """In a worker: the work, after seeing to it that a worker ends with its parent: what a killed run leaves must not compute on."""
-    parent = multiprocessing.parent_process()
-    if parent is not None and not _watched:
-        _watched.append(threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True))
-        _watched[0].start()
-    return work(*arguments)
 
 
 def _submit(workers: ProcessPoolExecutor, *call: Any) -> Future[Any]:
     """`workers.submit`; a process it starts is born deaf to Ctrl-C, which is its parent's to answer."""
     if threading.current_thread() is not threading.main_thread():
-        return workers.submit(_call, *call)
+        return workers.submit(*call)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return workers.submit(_call, *call)
+        return workers.submit(*call)
     finally:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 

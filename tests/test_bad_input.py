@@ -11,7 +11,7 @@ from laws import D, mixture
 from torch import nn
 
 import scoresde as s
-from scoresde import checkpoint, exact, grid, loss
+from scoresde import checkpoint, exact, grid, loss, store
 from scoresde.checks import NonFiniteError
 from scoresde.solvers import StochasticSolver
 
@@ -526,10 +526,10 @@ DAMAGE = [
     ("not UTF-8", lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), V, r"config.json is not a checkpoint's config .*was it edited"),
     ("a list", lambda f: (f / "config.json").write_text("[]"), V, r"config.json is not a checkpoint's config"),
     ("no format", lambda f: (f / "config.json").write_text("{}"), V, r"config.json is not a checkpoint's config \(KeyError"),
-    ("another format", lambda f: edit(f, format=99), V, r"is of format 99; this version reads 1: install a newer scoresde"),
+    ("another format", lambda f: edit(f, format=99), V, r"is of format 99; this version reads 1 and 2: install a newer scoresde"),
     ("damaged", lambda f: (f / "model.safetensors").write_bytes(b"0" * 64), V, r"is not the file config.json was written with; it is damaged"),
     ("unknown sde", lambda f: rename(f, "sde", name="Linear"), V, r"names the sde 'Linear'; known are \[.*'VP'.*\]: pass sde="),
-    ("unknown net", lambda f: rename(f, "net", name="os.system"), V, r"names the net 'os.system'; known are \['MLP', 'UNet'\]: pass net="),
+    ("unknown net", lambda f: rename(f, "net", name="os.system"), V, r"names the net 'os.system'; known are \['DiT', 'FromDiffusers', 'MLP', 'NCSNpp', 'UNet'\]: pass net="),
     ("unknown parameterization", lambda f: rename(f, "parameterization", name="exec"), V, r"parameterization 'exec'; known are .*: pass"),
     ("a class for a parameterization", lambda f: rename(f, "parameterization", name="Prediction"), V, r"'Prediction'; known are \['edm'"),
     ("abstract sde", lambda f: rename(f, "sde", name="LinearSDE"), V, r"does not describe a sde \(.*\); pass sde="),
@@ -543,6 +543,7 @@ DAMAGE = [
 def test_a_harmed_checkpoint_is_refused(harm, error, pattern, tmp_path):
     folder = checkpoint.save(tmp_path / "model", net())
     harm(folder)
+    store.seal(folder)  # by hand: else the manifest refuses it first
     with pytest.raises(error, match=f"(?s){pattern}"):
         checkpoint.load(folder)
 

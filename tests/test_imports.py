@@ -18,6 +18,19 @@ FILES = sorted(ROOT.rglob("*.py"))
 ARROWS = {
     "checks": set(),
     "images": set(),
+    "packages": set(),
+    "strict": set(),
+    "hub": set(),
+    "seeds": set(),
+    "choices": {"strict"},
+    "sections": {"choices", "strict"},
+    "store": {"checks"},
+    "codec": {"checks"},
+    "ema": {"checks"},
+    "logs": {"store"},
+    "sources": {"images", "checks"},
+    "datasets": {"sources", "packages"},
+    "data": {"datasets", "sources", "philox", "checks"},
     "philox": set(),
     "nets": {"checks"},
     "metrics": {"checks"},
@@ -41,16 +54,30 @@ ARROWS = {
     "pilot": {"sample", "solve", "solvers", "oracle", "denoiser", "grid", "linear", "variables", "checks"},
     "orders": {"solve", "solvers", "denoiser", "noise", "grid", "checks"},
     "loss": {"denoiser", "linear", "noise", "checks"},
-    "train": {"loss", "denoiser", "noise", "checks"},
-    "checkpoint": {"nets", "parameterizations", "sde", "linear", "denoiser", "checks"},
+    "objectives": {"loss", "nets", "divergence", "denoiser", "linear", "noise", "checks"},
+    "train": {"loss", "ema", "denoiser", "noise", "checks"},
+    "checkpoint": {"store", "codec", "hub", "nets", "parameterizations", "sde", "linear", "denoiser", "checks"},
+    "config": {
+        "choices",
+        "datasets",
+        "ema",
+        "linear",
+        "loss",
+        "nets",
+        "objectives",
+        "parameterizations",
+        "sde",
+        "sections",
+        "strict",
+    },
 }
 # These may import anything below and, going up, each the ones before it.
-TOP = {"compare", "figures", "resume", "evaluate", "demo", "cli"}
-ORDER = ("figures", "compare", "resume", "evaluate", "demo", "cli")
-OUTSIDE = {"torch", "numpy", "scipy", "torchdiffeq", "torchsde", "safetensors", "tqdm"}
+ORDER = ("figures", "compare", "resume", "evaluate", "generate", "reports", "job", "run", "demo", "cli")
+TOP = set(ORDER)
+OUTSIDE = {"torch", "numpy", "scipy", "torchdiffeq", "torchsde", "safetensors", "tqdm", "tyro", "yaml"}
 NARROW = {"nets": {"torch", "numpy"}, "metrics": {"torch", "numpy", "scipy"}}
-LAZY = {"matplotlib", "sklearn", "PIL"}  # extras: in these modules alone, and inside functions
-LAZY_IN = {"figures", "demo", "images"}
+LAZY = {"matplotlib", "sklearn", "PIL", "huggingface_hub"}  # extras: in these modules alone, and inside functions
+LAZY_IN = {"figures", "demo", "images", "datasets", "hub"}
 
 
 def module_of(path):

@@ -12,6 +12,7 @@ from torch import nn
 
 import scoresde as s
 from scoresde import EMA, VP, NonFiniteError, loss, parameterizations
+from scoresde.ema import PowerEMA, exponent, posthoc, posthoc_coefficients
 from scoresde.noise import seeded
 
 X = seeded(range(16)).initial((16, 2), torch.float32)
@@ -180,18 +181,35 @@ class Cliff(nn.Module):
 
 
 @pytest.mark.parametrize("after", [0, 2])
-def test_nan_raises_before_the_parameters_change(after):
+@pytest.mark.parametrize("patience", [1, 3])
+def test_nan_is_skipped_counted_and_after_k_in_a_row_raised(after, patience):
     net = s.Preconditioned(Cliff(after), VP())
-    ema, adam = EMA(net), torch.optim.Adam(net.parameters())
-    steps = s.fit(net, repeat(X), optimizer=adam, ema=ema, generator=generator())
+    training = s.Training(net, torch.optim.Adam(net.parameters()), EMA(net))
+    steps = s.fit(training, repeat(X), patience=patience, seed=0)
     done = list(islice(steps, after))
-    kept, averaged, moments = weights(net), weights(ema.module), copy.deepcopy(adam.state_dict())
-    with pytest.raises(NonFiniteError, match=rf"step {after + 1}: loss nan.*parameters are as they were.*learning rate"):
+    kept, averaged, moments = weights(net), weights(training.emas[0].module), copy.deepcopy(training.optimizer.state_dict())
+    skipped = list(islice(steps, patience - 1))
+    with pytest.raises(NonFiniteError, match=rf"step {after + patience}: loss nan.* {patience}th .*in a row.*learning rate"):
         next(steps)
-    assert len(done) == after
+    assert not any(step.skipped for step in done)
+    assert [(step.step, step.skipped) for step in skipped] == [(after + k, True) for k in range(1, patience)]
+    assert (training.step, training.skipped, training.in_a_row) == (after + patience, patience, patience)
     assert equal(weights(net), kept)
-    assert equal(weights(ema.module), averaged)
-    assert str(adam.state_dict()) == str(moments)
+    assert equal(weights(training.emas[0].module), averaged)
+    assert training.emas[0].updates == after
+    assert str(training.optimizer.state_dict()["state"]) == str(moments["state"])
+
+
+def test_a_good_step_ends_the_count_in_a_row():
+    class Flicker(Cliff):
+        def forward(self, x, c_noise):
+            self.after += 1
+            return self.w * x * (math.nan if self.after % 3 else 1.0)
+
+    net = s.Preconditioned(Flicker(0), VP())
+    steps = list(s.fit(net, repeat(X, 12), patience=3, seed=0))
+    assert [step.skipped for step in steps] == [True, True, False] * 4
+    assert not math.isnan(float(net.net.w.detach().sum()))
 
 
 def test_an_infinite_gradient_raises_too():
@@ -205,7 +223,7 @@ def test_an_infinite_gradient_raises_too():
 
     net = s.Preconditioned(Root(), VP())
     with pytest.raises(NonFiniteError, match=r"step 1: loss [0-9.]+, gradient norm (inf|nan)"):
-        list(s.fit(net, [X], generator=generator()))
+        list(s.fit(net, [X], patience=1, generator=generator()))
     assert net.net.w.tolist() == [0.0, 0.0]
 
 
@@ -272,3 +290,262 @@ def test_batch_norm_counters_do_not_stop_the_average():
         net(X, torch.tensor(0.5, dtype=D))
         ema.update(net)
     assert int(ema.module.net["norm"].num_batches_tracked) == 3
+
+
+# --- resume and the state of a training ----------------------------------------------------------------------------------
+def digest(training):
+    """Everything that resumed training must share with training that never stopped."""
+    tensors = [v for part in training.tensors().values() for v in part.values()]
+    moments = [v for state in training.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return [v.clone() for v in (*tensors, *moments)], training.state()
+
+
+def fresh(optimizer=torch.optim.AdamW, **kwargs):
+    net = s.Preconditioned(s.UNet((1, 8, 8), channels=8, dropout=0.2, classes=3, seed=1), VP())
+    return s.Training(net, optimizer(net.parameters(), lr=1e-3), [EMA(net, 0.9), PowerEMA(net, 0.1)], **kwargs)
+
+
+def images_of(step):
+    n = torch.arange(8) + 8 * step
+    return seeded(n.tolist()).initial((8, 1, 8, 8), torch.float32), n % 3
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_training_resumed_is_a_training_that_never_stopped(stop, precision):
+    """Parameters, averages, moments, scale and every loss to the bit, dropout layers and dropped labels included."""
+    how = {"seed": 5, "accumulate": 2, "label_dropout": 0.3, "rate": lambda n: min(1.0, n / 4)}
+    whole = fresh(precision=precision)
+    rows = list(s.fit(whole, images_of, steps=7, **how))
+    first = fresh(precision=precision)
+    begun = list(s.fit(first, images_of, steps=stop, **how))
+    second = fresh(precision=precision)
+    second.restore(copy.deepcopy(first.tensors()), copy.deepcopy(first.state()), copy.deepcopy(first.optimizer.state_dict()))
+    torch.manual_seed(stop)  # what the global generator holds does not matter
+    before = torch.get_rng_state()
+    rest = list(s.fit(second, images_of, steps=7, **how))
+    assert [step.step for step in rest] == list(range(stop + 1, 8))
+    assert begun + rest == rows
+    for a, b in zip(digest(whole)[0], digest(second)[0], strict=True):
+        assert torch.equal(a, b)
+    assert digest(whole)[1] == digest(second)[1]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_iterable_cannot_be_resumed_and_says_so():
+    training = s.Training(model())
+    list(s.fit(training, repeat(X, 2), seed=0))
+    with pytest.raises(ValueError, match=r"after step 2.*order cannot be resumed.*data.Batches"):
+        next(s.fit(training, repeat(X), seed=0))
+    assert next(s.fit(training, lambda step: X, seed=0)).step == 3
+
+
+def test_restoring_another_training_is_refused_by_name():
+    one, other = fresh(), s.Training(model())
+    with pytest.raises(ValueError, match=r"differ in \['ema_0.9', 'ema_std0.1'\]"):
+        other.restore(one.tensors(), one.state(), None)
+    tensors = one.tensors()
+    tensors["model"].pop("enter.weight")
+    with pytest.raises(ValueError, match=r"(?s)does not fit.*enter.weight"):
+        fresh().restore(tensors, one.state(), None)
+
+
+def test_parts_of_a_batch_are_the_same_step_to_rounding():
+    runs = []
+    for accumulate in (1, 3, 16, 40):
+        net = model()
+        runs.append((list(s.fit(net, repeat(X, 5), accumulate=accumulate, seed=0)), weights(net)))
+    for steps, values in runs[1:]:
+        assert [a.loss for a in steps] == pytest.approx([a.loss for a in runs[0][0]], rel=1e-5)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(values, runs[0][1], strict=True))
+
+
+def test_the_rate_is_a_factor_on_the_optimizers_own():
+    net = model()
+    sgd = torch.optim.SGD([{"params": net.net.enter.parameters()}, {"params": net.net.leave.parameters(), "lr": 0.5}], lr=0.1)
+    steps = list(s.fit(net, repeat(X, 4), optimizer=sgd, rate=lambda n: n / 4, seed=0))
+    assert [step.lr for step in steps] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    assert [group["lr"] for group in sgd.param_groups] == [0.1, 0.5]
+
+
+def test_integer_batches_are_transformed_on_the_device():
+    cells, seen = s.Quantized(256), []
+    raw = torch.randint(0, 256, (16, 2), dtype=torch.uint8, generator=generator())
+
+    def transform(x, draws):
+        seen.append((x.dtype, draws.initial_seed()))
+        return cells.to_model(x, torch.rand(x.shape, generator=draws))
+
+    list(s.fit(model(), lambda step: raw, transform=transform, steps=2, seed=0))
+    assert [dtype for dtype, _ in seen] == [torch.uint8] * 2
+    assert seen[0][1] != seen[1][1]
+    with pytest.raises(TypeError, match=r"x0 is \[16, 2\] uint8"):
+        list(s.fit(model(), lambda step: raw, steps=2, seed=0))
+
+
+def test_labels_are_dropped_for_guidance():
+    seen = []
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2))
+
+        def forward(self, x, c_noise, cond):
+            seen.append(cond.clone())
+            return self.w * x
+
+    labels = torch.arange(16)
+    list(s.fit(s.Preconditioned(Net(), VP()), repeat((X, labels), 200), label_dropout=0.25, seed=0))
+    seen = torch.stack(seen)
+    assert abs(float((seen == -1).double().mean()) - 0.25) < 5 * (0.25 * 0.75 / seen.numel()) ** 0.5
+    assert ((seen == labels) | (seen == -1)).all()
+    assert torch.equal(labels, torch.arange(16))
+
+
+def test_an_objective_with_parameters_is_trained_and_kept():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.u = nn.Parameter(torch.zeros(()))
+
+        def forward(self, denoiser, x0, t, weight, noise):
+            return s.dsm_loss(denoiser, x0, t, weight, noise) * (-self.u).exp() + self.u
+
+    net, objective = model(), Scaled()
+    training = s.Training(net, objective=objective)
+    list(s.fit(training, repeat(X, 3), seed=0))
+    assert float(objective.u.detach()) != 0
+    assert set(training.tensors()) == {"model", "objective"}
+    with pytest.raises(ValueError, match=r"optimizer lacks the objective's own"):
+        s.Training(net, torch.optim.Adam(net.parameters()), objective=Scaled())
+
+
+def test_a_compiled_network_trains_the_same_parameters():
+    plain, fast = model(), model()
+    a = list(s.fit(plain, repeat(X, 3), seed=0))
+    b = list(s.fit(fast, repeat(X, 3), seed=0, compile=True))
+    assert [step.loss for step in a] == pytest.approx([step.loss for step in b], rel=1e-4)
+    assert all(torch.allclose(p, q, atol=1e-4) for p, q in zip(weights(plain), weights(fast), strict=True))
+    assert list(plain.state_dict()) == list(fast.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "kind", "words"),
+    [
+        ({"accumulate": 0}, ValueError, "accumulate is 0"),
+        ({"patience": 0}, ValueError, "patience is 0"),
+        ({"label_dropout": 1.5}, ValueError, "label_dropout is 1.5"),
+        ({"seed": -1}, ValueError, "seed is -1"),
+        ({"seed": 1, "generator": torch.Generator()}, TypeError, "not both"),
+        ({"rate": 0.1}, TypeError, "rate is float"),
+        ({"transform": "x"}, TypeError, "transform is str"),
+        ({"objective": 3}, TypeError, "objective is int"),
+        ({"precision": torch.float64}, ValueError, "precision is torch.float64"),
+        ({"ema": [3]}, TypeError, "ema holds"),
+        ({"steps": -1}, ValueError, "steps is -1"),
+    ],
+)
+def test_bad_arguments_of_fit(kwargs, kind, words):
+    with pytest.raises(kind, match=words):
+        next(s.fit(model(), repeat(X), **kwargs))
+
+
+def test_a_training_has_its_own_optimizer():
+    training = s.Training(model())
+    with pytest.raises(ValueError, match="a Training has its optimizer"):
+        next(s.fit(training, repeat(X), ema=EMA(training.denoiser)))
+    with pytest.raises(ValueError, match="two averages are alike"):
+        s.Training(training.denoiser, ema=[EMA(training.denoiser), EMA(training.denoiser)])
+
+
+# --- half precision ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_loss_and_gradient_are_finite_at_every_noise_level_in_half_precision(dtype):
+    """sigma from 1e-4 to 1e3: sums of squares at sigma 50 and 1 / sigma^2 at 0.002 are infinite in float16."""
+    sde = s.VE(sigma_min=1e-4, sigma_max=1e3)
+    net = s.Preconditioned(s.UNet((3, 8, 8), channels=8), sde)
+    x0 = seeded(range(200)).initial((200, 3, 8, 8), torch.float32)
+    t = sde.time(torch.linspace(-13.8, 18.4, 200, dtype=D)).clamp(sde.t_min, sde.t_max)
+    (step,) = s.fit(net, [x0], times=lambda sde, u: t, precision=dtype, seed=0)
+    assert not step.skipped
+    (again,) = s.fit(s.Preconditioned(s.UNet((3, 8, 8), channels=8), sde), [x0], times=lambda sde, u: t, seed=0)
+    assert step.loss == pytest.approx(again.loss, rel=0.02)
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_float16_scales_its_loss_and_finds_the_scale_again():
+    training = s.Training(model(), precision=torch.float16)
+    assert training.scaler.is_enabled()
+    training.scaler._init_scale = 2.0**40  # so large that the first gradients overflow
+    steps = list(s.fit(training, repeat(X, 40), patience=40, seed=0))
+    assert steps[0].skipped
+    assert not steps[-1].skipped
+    assert training.scaler.get_scale() < 2.0**40
+    assert training.skipped == sum(step.skipped for step in steps)
+
+
+# --- averages made afterwards --------------------------------------------------------------------------------------------
+def test_the_exponent_inverts_the_width():
+    for std in (0.01, 0.05, 0.1, 0.2, 0.288):
+        g = exponent(std)
+        assert ((g + 1) / ((g + 2) ** 2 * (g + 3))) ** 0.5 == pytest.approx(std, rel=1e-12)
+    assert exponent(0.05) == pytest.approx(16.97, abs=0.01)  # Karras et al. 2024, section 3.1
+    assert exponent(0.1) == pytest.approx(6.94, abs=0.01)
+    assert exponent(1 / 12**0.5) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="at most"):
+        exponent(0.3)
+
+
+def test_the_power_average_weighs_as_a_power():
+    """Against the weighted mean of all states with weights that follow from the recursion."""
+    net = s.Preconditioned(nn.Linear(1, 1, bias=False), VP()).double()
+    ema, states = PowerEMA(net, 0.1), []
+    for n in range(1, 201):
+        net.net.weight.data.fill_(math.sin(n) + n / 50)
+        states.append(float(net.net.weight.detach()))
+        ema.update(net)
+    g, n = exponent(0.1), torch.arange(1, 201, dtype=D)
+    weight = (n / 200) ** (g + 1) - ((n - 1) / 200) ** (g + 1)
+    assert float(ema.module.net.weight) == pytest.approx(float((weight * torch.tensor(states, dtype=D)).sum()), rel=1e-10)
+
+
+def test_stored_averages_make_one_of_any_width():
+    """A random walk of 64 weights, 1,000 steps, two averages stored every 50: widths in between, beyond and earlier."""
+    walk = (0.05 * seeded([3]).initial((1, 1000, 64), D)[0]).cumsum(0)
+    net = s.Preconditioned(nn.Linear(64, 1, bias=False), VP()).double()
+    tracked = {std: PowerEMA(net, std) for std in (0.05, 0.07, 0.1, 0.15)}
+    stored, truth = [], {}
+    for n, value in enumerate(walk, 1):
+        net.net.weight.data[0] = value
+        for std, ema in tracked.items():
+            ema.update(net)
+            if n % 50 == 0 and std in (0.05, 0.1):
+                stored.append((n, std, {"w": ema.module.net.weight.detach().clone()}))
+            truth[n, std] = ema.module.net.weight.detach().clone()
+    for std, step in ((0.05, 1000), (0.07, 1000), (0.15, 1000), (0.1, 800)):
+        usable = [entry for entry in stored if entry[0] <= step]
+        made = posthoc(usable, std, step)["w"]
+        error, size = (made - truth[step, std]).norm(), (walk[step - 1] - truth[step, std]).norm()
+        assert error < 0.02 * size, (std, step, float(error / size))
+        assert sum(posthoc_coefficients([e[:2] for e in usable], step, std)) == pytest.approx(1, abs=1e-9)
+    with pytest.raises(ValueError, match=r"averages of steps \[1000\], after step 975"):
+        posthoc_coefficients([(950, 0.05), (1000, 0.05)], 975, 0.1)
+
+
+def test_integer_tensors_of_a_stored_average_are_the_latests():
+    made = posthoc([(1, 0.05, {"n": torch.tensor(1)}), (2, 0.05, {"n": torch.tensor(2)})], 0.05)
+    assert int(made["n"]) == 2
+
+
+def test_loss_by_level_is_the_loss_and_does_not_depend_on_the_batch():
+    law = mixture(VP())
+    x0 = law.sample(500, seeds=range(500)).float()
+    exact = s.train.loss_by_level(law, x0, 5, weight=loss.simple)
+    assert torch.equal(
+        exact[0], torch.linspace(*(float(law.sde.logsnr(torch.tensor(t, dtype=D))) for t in (1e-3, 1.0)), 5, dtype=D)
+    )
+    assert torch.allclose(exact[1], s.train.loss_by_level(law, x0, 5, weight=loss.simple, batch=7)[1], rtol=1e-5)
+    worse = s.train.loss_by_level(model().eval(), x0, 5, weight=loss.simple)
+    assert (worse[1][1:] > exact[1][1:]).all()  # at the first level there is nothing to know but the noise
+    assert not torch.equal(exact[1], s.train.loss_by_level(law, x0, 5, weight=loss.simple, seed=1)[1])

@@ -1,0 +1,394 @@
+"""Samples of a saved model as files, a seed a sample: resumable, and the same bits however the work is cut up."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import math
+import platform
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import figures, images, resume, solvers
+from .bits import Quantized
+from .checks import NonFiniteError, check_count
+from .denoiser import Preconditioned
+from .evaluate import _model, _warn, check_device, opened, outcome
+from .linear import LinearSDE
+from .sample import default_solver, sample
+from .seeds import Seeds, parse_seeds
+from .solve import plan
+from .solvers import Solver
+from .store import write_file
+from .strict import nearest
+
+__all__ = ["Settings", "parse_seeds", "parse_solver", "run"]
+
+NFE = 35  # where no budget is given
+MANY = 10_000  # files a folder holds before each thousand gets one of its own
+SHOWN = 64  # samples in the grid
+FIRST = Seeds((range(SHOWN),))
+COSTS = ("score", "denoise", "rejected", "network")  # of the ledger; a row has the means over its batch
+COLUMNS = ("seed", "file", "label", "nfe", "status", *COSTS)
+MEND = "choose another --out, or pass --overwrite to start afresh"
+FILE = re.compile(r"[0-9]{8,20}\.png|samples-[0-9]{8,20}-[0-9]{8,20}\.npz")
+TORN = re.compile(rf"\.({FILE.pattern})\.[0-9]+")  # what a kill leaves of one
+FOLDER = re.compile(r"[0-9]{8,20}")
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else value is None or isinstance(value, (bool, int, float))
+
+
+def parse_solver(text: str) -> Solver:
+    """The one of `scoresde.solvers` that a name and its arguments after colons mean: Heun, DPMSolverPP:order=3, Churn:Heun:40.
+
+    An argument is a number, True, False, None, a tuple of them, or the name of a solver with its defaults.
+    """
+    name, *words = (word.strip() for word in text.split(":"))
+    known = {n: getattr(solvers, n) for n in solvers.__all__ if not inspect.isabstract(getattr(solvers, n))}
+    if name not in known:
+        raise ValueError(f"solver is {text!r}; {nearest(name, known)}")
+    values: list[Any] = []
+    named: dict[str, Any] = {}
+    try:
+        for word in words:
+            key, equals, value = word.rpartition("=")
+            argument = known[value]() if value in known else ast.literal_eval(value)
+            if value not in known and not _is_plain(argument):
+                raise ValueError(f"{value} is neither a number, True, False nor a solver's name")
+            named.update({key: argument}) if equals else values.append(argument)
+        return known[name](*values, **named)
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"solver is {text!r} ({error}); wanted {name}{inspect.signature(known[name])}") from error
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the samples beside the model, by the names on the command line; seeds alone may differ from run to run.
+
+    solver: as `parse_solver` reads it, None: the library's; one of nfe (the final mean included) and steps, none: nfe=35, or what an
+    adaptive solver takes; labels: None for the unconditional model, one for all, or "cycle", seed modulo classes; weights: which, of a
+    checkpoint that has several; levels, low, high: the cells of the grey levels, as `Quantized`, None of low and high: the training's,
+    else -1 and 1; levels None, a network whose event is no grey or RGB image: floats as they are; format: "png" (a file a sample, its
+    levels as they are) or "npz" (a file a batch: x, seeds, labels, -1 for none), None: png of images; subdirs: a folder a thousand PNG
+    files, None: beyond 10,000.
+    """
+
+    seeds: Seeds = FIRST
+    solver: str | None = None
+    nfe: int | None = None
+    steps: int | None = None
+    labels: int | str | None = None
+    weights: str | None = None
+    levels: int | None = 256
+    low: float | None = None
+    high: float | None = None
+    format: str | None = None
+    subdirs: bool | None = None
+    batch: int = 64
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seeds, Seeds) or not self.seeds.ranges:
+            raise TypeError(f"seeds is {self.seeds!r}; wanted at least one seed, as parse_seeds('0-63')")
+        check_count(self.batch, "batch")
+        for name, known in (("dtype", ("float32", "float64")), ("format", (None, "png", "npz"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; wanted one of {', '.join(filter(None, known))}")
+        if self.nfe is not None and self.steps is not None:
+            raise ValueError("nfe and steps are both given; wanted one of them, or none for nfe=35")
+        for name in ("nfe", "steps"):
+            if getattr(self, name) is not None:
+                check_count(getattr(self, name), name)
+        if self.labels not in (None, "cycle") and (not isinstance(self.labels, int) or self.labels < 0):
+            raise ValueError(f"labels is {self.labels!r}; wanted a label, or cycle: the seed modulo the number of classes")
+        if self.format == "png" and (self.levels or 257) > 256:
+            raise ValueError(f"format is png and levels is {self.levels}; wanted format npz: PNG files here have 8 bits")
+        if self.format == "npz" and self.subdirs:
+            raise ValueError("subdirs is of PNG files and format is npz; drop one")
+        if self.solver is not None:
+            parse_solver(self.solver)
+        self.cells  # noqa: B018  (it has words of its own)
+        check_device(self.device)
+
+    @property
+    def cells(self) -> Quantized | None:
+        """Of the images; None: floats."""
+        low, high = (-1.0 if self.low is None else self.low), (1.0 if self.high is None else self.high)
+        return None if self.levels is None else Quantized(self.levels, low, high)
+
+    def plan(self, sde: LinearSDE, shape: Sequence[int]) -> tuple[Solver, Tensor]:
+        """Solver and times for events of this shape; ValueError where the budget does not fit the solver."""
+        given = NFE if self.nfe is None and self.steps is None else self.nfe
+        if self.solver is None:
+            solver = default_solver(given or (self.steps or 0) + 1, math.prod(shape))  # the final mean is one
+        else:
+            solver = parse_solver(self.solver)
+        nfe = self.nfe if solver.adaptive else given
+        return solver, plan(sde, solver, nfe=nfe, steps=self.steps, times=None, grid=None, extra=1)
+
+    def fitted(self, data: Mapping[str, Any], shape: Sequence[int], classes: int) -> Settings:
+        """With nothing left open but subdirs, for a model trained on such data; refuses what does not fit it."""
+        image = len(shape) == 3 and shape[0] in (1, 3)
+        levels = self.levels if image else None
+        format = self.format or ("png" if levels is not None and levels <= 256 else "npz")
+        if format == "png" and not image:
+            raise ValueError(f"format is png, and the model's samples are {list(shape)}, not [1 or 3, H, W]; wanted format npz")
+        if format == "png" and importlib.util.find_spec("PIL") is None:
+            raise ModuleNotFoundError("PNG files are written by Pillow: pip install 'scoresde[plots]', or choose format npz")
+        if self.labels is not None and not classes:
+            raise ValueError(f"labels is {self.labels!r} and the model has no classes; drop it")
+        if isinstance(self.labels, int) and self.labels >= classes:
+            raise ValueError(f"labels is {self.labels}; the model has classes 0 .. {classes - 1}")
+        ends = {"low": data.get("low", -1.0), "high": data.get("high", 1.0)}
+        given = {name: end if getattr(self, name) is None else getattr(self, name) for name, end in ends.items()}
+        return replace(self, levels=levels, format=format, **(dict.fromkeys(ends) if levels is None else given))
+
+    def label(self, seed: int, classes: int) -> int:
+        """Of a seed; -1: none."""
+        if self.labels is None:
+            return -1
+        return seed % classes if isinstance(self.labels, str) else self.labels
+
+    def file(self, seed: int) -> str:
+        """The file that a seed is in, a function of nothing else."""
+        if self.format == "npz":
+            first, last = seed // self.batch * self.batch, min((seed // self.batch + 1) * self.batch, 2**64) - 1
+            return f"samples-{first:08d}-{last:08d}.npz"
+        return f"samples/{seed - seed % 1000:08d}/{seed:08d}.png" if self.subdirs else f"samples/{seed:08d}.png"
+
+
+# --- a batch -------------------------------------------------------------------------------------------------------------
+def _event(model: Preconditioned) -> tuple[tuple[int, ...], int]:
+    """Shape of a sample, number of classes."""
+    config: dict[str, Any] = model.net.config  # type: ignore[bad-assignment]
+    return tuple(config["shape"]), config.get("classes", 0)
+
+
+def draw(
+    folder: Path, config: str, settings: Settings, out: Path, block: int, wanted: Sequence[int], there: Sequence[int]
+) -> list[list[Any]]:  # fmt: skip
+    """The rows of the seeds `wanted` of block .. block + batch - 1, written after their files; those `there` have rows already.
+
+    The network sees the whole block, each seed in its place, whatever is wanted of it: the bits of a sample may depend on both.
+    """
+    model = _model(folder, config, settings.device, settings.weights)
+    shape, classes = _event(model)
+    solver, times = settings.plan(model.sde, shape)
+    seeds = range(block, min(block + settings.batch, 2**64))
+    labels = [settings.label(s, classes) for s in seeds]
+    if settings.labels is not None:
+        model = model.condition(torch.tensor(labels))
+    found = sample(
+        model, (len(seeds), *shape), solver, times=times, seeds=seeds, microbatch=settings.batch, dtype=getattr(torch, settings.dtype),
+        device=settings.device, throw=False,
+    )  # fmt: skip
+    x = (found.x if settings.cells is None else settings.cells.to_levels(found.x)).cpu().numpy()
+    costs = [float(found.ledger.get(name, 0.0)) for name in COSTS]
+    status, nfe = found.status.tolist(), found.nfe_each.tolist()
+    done = [s for s in wanted if not status[s - block]]
+    if settings.format == "png":
+        for s in done:
+            path = out / settings.file(s)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, figures.png(x[s - block]))
+    elif done:
+        kept, buffer = sorted({*done, *there}), io.BytesIO()  # the file is written anew with those it had: the same bits
+        rows = [s - block for s in kept]
+        np.savez(buffer, x=x[rows], seeds=np.array(kept, np.uint64), labels=np.array(labels)[rows])
+        write_file(out / settings.file(block), buffer.getvalue())
+    name = lambda s: "" if status[s - block] else settings.file(s)
+    return [[s, name(s), labels[s - block], nfe[s - block], status[s - block], *costs] for s in wanted]
+
+
+def _read(out: Path, settings: Settings, shape: Sequence[int], seeds: Sequence[int]) -> list[np.ndarray]:
+    """The samples of these seeds, from their files."""
+    if settings.format == "png":
+        return [images.picture(out / settings.file(s), tuple(shape)) for s in seeds]
+    found: list[np.ndarray] = []
+    for name, part in itertools.groupby(seeds, settings.file):
+        with np.load(out / name, allow_pickle=False) as shard:
+            at = {int(s): i for i, s in enumerate(shard["seeds"])}
+            x = shard["x"]
+            found += [x[at[s]] for s in part]
+    return found
+
+
+def _grid(out: Path, settings: Settings, shape: Sequence[int], seeds: Sequence[int]) -> None:
+    """The picture of these samples side by side; a warning where it cannot be made."""
+    levels = settings.levels or 2
+    try:
+        x = np.stack(_read(out, settings, shape, seeds)).astype(np.float64)
+        sheet = figures.sheet((255 * x / (levels - 1)).round().astype(np.uint8))
+        write_file(out / "grid.png", figures.png(sheet))
+    except ModuleNotFoundError:
+        _warn("no grid.png without Pillow: pip install 'scoresde[plots]'")
+    except Exception as error:  # a picture is not worth the samples
+        _warn(f"no grid.png: {type(error).__name__}: {error}")
+
+
+# --- the whole -----------------------------------------------------------------------------------------------------------
+def _pinned(config: Mapping[str, Any], sha256: str, settings: Settings, solver: Solver, times: Tensor) -> dict[str, Any]:
+    """What may not change between the runs that fill one folder; where and how fast they run may."""
+    from . import __version__
+
+    return {
+        "checkpoint_sha256": sha256, **{name: config[name] for name in ("sde", "parameterization", "net")},
+        "solver": repr(solver), "steps": None if solver.adaptive else len(times) - 1,
+        "labels": settings.labels, "levels": settings.levels, "low": settings.low, "high": settings.high, "format": settings.format,
+        "subdirs": settings.subdirs, "batch": settings.batch, "dtype": settings.dtype,
+        "device": torch.device(settings.device).type, "versions": {"scoresde": __version__, "torch": torch.__version__},
+    }  # fmt: skip
+
+
+def _folders(out: Path) -> Iterator[Path]:
+    """Where samples are: the folders of thousands, that of all PNG files, which the grid would be one of, and `out`."""
+    inner = out / "samples"
+    if inner.is_dir():
+        yield from (path for path in inner.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir())
+        yield inner
+    yield out
+
+
+def _files(out: Path, pattern: re.Pattern[str]) -> Iterator[Path]:
+    return (path for folder in _folders(out) for path in folder.iterdir() if pattern.fullmatch(path.name) and path.is_file())
+
+
+def _begin(out: Path, overwrite: bool) -> None:
+    """Drop what earlier runs left where that is asked for, and else what a kill left torn; FileExistsError where no run was."""
+    ours = (out / "settings.json").exists()
+    if not ours and ((out / "samples.csv").exists() or any(_files(out, FILE))):
+        raise FileExistsError(f"{out} holds samples and no settings.json to say of what; choose another --out")
+    torn, files = list(_files(out, TORN)), list(_files(out, FILE)) if overwrite else []
+    for name in ("summary.json", "grid.png") if overwrite else ():
+        (out / name).unlink(missing_ok=True)
+    for path in [*torn, *files]:
+        path.unlink()
+    if overwrite:
+        for folder in list(_folders(out))[:-1]:
+            with suppress(OSError):  # it holds something else
+                folder.rmdir()
+        for name in ("samples.csv", "settings.json"):  # last: as long as files are there, it says whose they are
+            (out / name).unlink(missing_ok=True)
+
+
+def _subdirs(out: Path, settings: Settings) -> bool:
+    """Whether each thousand PNG files has a folder: as asked, as before, or by their number."""
+    if settings.subdirs is not None or settings.format == "npz":
+        return bool(settings.subdirs)
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads((out / "settings.json").read_text())["subdirs"])
+    return settings.seeds.count > MANY
+
+
+def _summary(rows: Iterable[list[str]]) -> dict[str, Any]:
+    """n, and of a sample: nfe (the largest), nfe_mean and the ledger."""
+    columns = list(zip(*(row[3:4] + row[5:] for row in rows), strict=True))
+    nfe, *costs = [[float(cell) for cell in column] for column in columns]
+    mean = lambda values: math.fsum(values) / len(values)
+    return {"n": len(nfe), "nfe": int(max(nfe)), "nfe_mean": mean(nfe), "ledger": dict(zip(COSTS, map(mean, costs), strict=True))}
+
+
+def _words(found: Mapping[str, Any], out: Path) -> str:
+    return f"{found['n']} samples of {found['shape']}: {found['solver']}, NFE {found['nfe']} a sample; in {out}/"
+
+
+def _few(seeds: Iterable[int]) -> str:
+    first = list(itertools.islice(seeds, 9))
+    return ", ".join(map(str, first[:8])) + (", ..." if len(first) > 8 else "")
+
+
+def run(
+    folder: Path, out: Path, settings: Settings | None = None, *, processes: int = 1, overwrite: bool = False,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:  # fmt: skip
+    """Samples of the checkpoint in `folder`, one a seed, into `out`; return the summary of those asked for.
+
+    Samples that `out` has are kept. The others come in whole batches of the seeds b batch .. (b + 1) batch - 1, of which those asked for
+    are written: a seed has the same mates and place, hence the same bits, whatever is asked for and in however many processes. A row of
+    samples.csv says that a sample is on the disk, summary.json that all are; grid.png shows the first 64, their levels stretched.
+    Raises: FileExistsError for a folder with other settings, NonFiniteError that names the seeds whose samples are not finite, after all
+    others are done, RuntimeError for a batch that failed, with what is done kept.
+    """
+    started, settings = time.perf_counter(), settings or Settings()
+    folder, text, model = opened(folder, settings.device, settings.weights)
+    config = json.loads(text)
+    shape, classes = _event(model)
+    settings = settings.fitted(config.get("data", {}), shape, classes)
+    solver, times = settings.plan(model.sde, shape)
+    check_count(processes, "processes")
+    sha256 = config["sha256"]  # of the usual weights
+    if settings.weights is not None:
+        sha256 = hashlib.sha256((folder / f"{settings.weights}.safetensors").read_bytes()).hexdigest()
+    if classes and settings.labels is None:
+        _warn(f"the model has {classes} classes and the samples have no label; labels are given by --labels cycle, or one for all")
+    seeds = settings.seeds
+    with resume.locked(out):
+        _begin(out, overwrite)
+        settings = replace(settings, subdirs=_subdirs(out, settings))
+        pinned = _pinned(config, sha256, settings, solver, times)
+        resume.pin(out, pinned, MEND)
+        table = resume.Table(out / "samples.csv", COLUMNS, MEND, texts=("file",))
+        exists = functools.cache(lambda name: (out / name).is_file())
+        known = {s for s, row in table.rows.items() if row[4] == "0" and row[1] == settings.file(s)}
+        have = {s for s in known if exists(settings.file(s))}
+        missing = seeds.count - sum(s in seeds for s in have)
+        if not missing and (out / "summary.json").exists():
+            with suppress(ValueError, KeyError, TypeError, AttributeError):  # one that was tampered with is made again
+                found = json.loads((out / "summary.json").read_text())
+                if found.get("seeds") == str(seeds):
+                    say(f"all {seeds.count} samples are there: nothing to compute\n{_words(found, out)}")
+                    return found
+        for name in ("summary.json", "grid.png"):  # they are of other samples
+            (out / name).unlink(missing_ok=True)
+        size = settings.batch
+        blocks = ((b * size, list(part)) for b, part in itertools.groupby((s for s in seeds if s not in have), lambda s: s // size))
+        there = lambda b: [s for s in range(b, b + size) if s in known]
+        arguments = lambda piece: (folder, text, settings, out, *piece, there(piece[0]))
+        processes = max(1, min(processes, missing))
+        bar = tqdm(total=seeds.count, initial=seeds.count - missing, desc="sample", unit="sample", disable=not missing)
+        with bar, closing(resume.finished(processes, draw, blocks, arguments)) as results:
+            for (b, wanted), result in results:
+                table.append(outcome(result, f"seeds {b} .. {b + size - 1}"))
+                bar.update(len(wanted))
+        table.sort()
+        failed = [s for s in sorted(table.rows) if table.rows[s][4] != "0" and s in seeds]
+        if failed:
+            raise NonFiniteError(
+                f"the samples of {len(failed)} of {seeds.count} seeds are not finite and were not written: {_few(failed)} (status "
+                f"{_few(sorted({int(table.rows[s][4]) for s in failed}))}: the step, or as scoresde.Status says); the others are in {out}. "
+                "The network may return NaN there: try --dtype float64, more steps or another solver, in another --out"
+            )
+        first = list(itertools.islice(seeds, SHOWN))
+        found = {
+            **_summary(table.rows[s] for s in seeds), "seeds": str(seeds), "shape": list(shape), **pinned,
+            "t_min": float(model.sde.t_min), "checkpoint": str(folder), "weights": settings.weights,
+            "versions": {**pinned["versions"], "numpy": np.__version__, "python": platform.python_version()},
+            "run": {
+                "seconds": round(time.perf_counter() - started, 1), "computed": missing, "processes": processes,
+                "device": f"{settings.device} ({platform.machine()}, {platform.system()})",
+            },
+        }  # fmt: skip
+        if settings.levels is not None:
+            _grid(out, settings, shape, first)
+        resume.write_json(out / "summary.json", found)  # last: where it is, all is
+    say(_words(found, out))
+    return found
