@@ -14,13 +14,13 @@ from .checks import Status, check_count, check_finite, check_state, shape_of
 from .denoiser import Denoiser, check_denoiser
 from .grid import check_times
 from .linear import LinearSDE
+from .loss import FLOOR
 from .oracle import Oracle
 from .solve import check_labels, chunks, noise_of
 
 __all__ = ["Elbo", "elbo"]
 
 TIMES, NOISE = 8, 9  # streams of a seed: where the matching term is looked at, and the noise there
-FLOOR = 0.1  # share of draws uniform in logsnr: no weight exceeds 1 / FLOOR of what it would be if all were
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _importance(sde: LinearSDE, v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     q = (1 - FLOOR) V snr / (1 + V snr) / Z + FLOOR / (b - a): the first is the shape of the integrand for Gaussian data of variance
     V and the exact x0, and V snr / (1 + V snr) = V / (V + rho^2) integrates to log(1 + V snr). V is an image's own mean square about
     the centre of the range plus the square of half the range (for floats 0 and 1): too large a V wastes draws where the integrand is
-    nothing, too small a one leaves to FLOOR what counts.
+    nothing, too small a one leaves to FLOOR what counts. The density of `loss.importance`, with a V an image and in closed form.
     """
     a, b = sde.logsnr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
     bottom, top = ((v * math.exp(end)).log1p() for end in (a, b))

@@ -50,7 +50,7 @@ ARROWS = {
     "likelihood": {"solve", "divergence", "solvers", "oracle", "grid", "denoiser", "linear", "noise", "checks"},
     "sample": {"solve", "likelihood", "divergence", "solvers", "oracle", "grid", "variables", "denoiser", "checks"},
     "bits": {"likelihood", "solve", "divergence", "solvers", "grid", "denoiser", "noise", "checks"},
-    "bounds": {"bits", "solve", "oracle", "grid", "denoiser", "linear", "noise", "checks"},
+    "bounds": {"loss", "bits", "solve", "oracle", "grid", "denoiser", "linear", "noise", "checks"},
     "pilot": {"sample", "solve", "solvers", "oracle", "denoiser", "grid", "linear", "variables", "checks"},
     "orders": {"solve", "solvers", "denoiser", "noise", "grid", "checks"},
     "loss": {"denoiser", "linear", "noise", "checks"},

@@ -13,8 +13,13 @@ from scoresde import loss, parameterizations
 from scoresde.noise import seeded
 
 SDES = every_sde()
-WEIGHTS = {"simple": loss.simple, "capped": loss.capped, "edm": loss.edm, "likelihood": loss.likelihood}
+WEIGHTS = {
+    "simple": loss.simple, "capped": loss.capped, "edm": loss.edm, "likelihood": loss.likelihood, "truncated_snr": loss.truncated_snr,
+    "snr_plus_one": loss.snr_plus_one,
+}  # fmt: skip
+MADE = {"min_snr": loss.min_snr(2.0), "importance": loss.importance(loss.likelihood).weight}
 TIMES = {"uniform": loss.uniform, "log_normal": loss.log_normal}
+SPREAD = {"stratified": loss.stratified, "low_discrepancy": loss.low_discrepancy}
 
 
 def uniforms(n, first=0):
@@ -42,19 +47,21 @@ class Perturbed(s.Denoiser):
 
 def test_every_weight_and_distribution_is_tried():
     exported = {getattr(loss, name) for name in loss.__all__}
-    assert exported == {*WEIGHTS.values(), *TIMES.values(), loss.dsm_loss, loss.stratified}
+    made = {loss.min_snr, loss.importance, loss.discrete}
+    assert exported == {*WEIGHTS.values(), *TIMES.values(), *SPREAD.values(), *made, loss.dsm_loss}
 
 
 # --- the minimum ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", SIX)
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", [*WEIGHTS, *MADE])
 def test_the_exact_denoiser_is_the_minimum(weight, name):
     """On the same data, times and noise: each perturbation costs more, and the derivative along it is zero to 5 sigma."""
     law, n = mixture(SDES[name]), 20_000
     x0, noise = law.sample(n, seeds=range(n)), normals(n, 2, first=n)
     t = loss.stratified(loss.log_normal)(law.sde, uniforms(n, 2 * n))
-    evaluate = lambda size: s.dsm_loss(Perturbed(law, size), x0, t, WEIGHTS[weight], noise)
-    exact = s.dsm_loss(law, x0, t, WEIGHTS[weight], noise)
+    factor = {**WEIGHTS, **MADE}[weight]
+    evaluate = lambda size: s.dsm_loss(Perturbed(law, size), x0, t, factor, noise)
+    exact = s.dsm_loss(law, x0, t, factor, noise)
     assert torch.equal(exact, evaluate(0.0))
     for size in (0.3, -0.3, 1.0, -1.0):
         gap = evaluate(size) - exact
@@ -120,6 +127,29 @@ def test_capped_is_the_lesser_of_snr_and_its_cap(errors):
         assert torch.allclose(value(weight), snr.clamp(max=cap) * (p.x0 - x0).square().mean(1), rtol=1e-6)
 
 
+def test_the_names_of_snr(errors):
+    """`snr` is `simple`; `truncated_snr` the larger of the errors of x0 and eps; `snr_plus_one` their sum; `min_snr` is `capped`."""
+    sde, t, value, p, x0, noise = errors
+    eps, plain = (p.eps - noise).square().mean(1), (p.x0 - x0).square().mean(1)
+    assert loss.snr is loss.simple
+    assert torch.allclose(value(loss.truncated_snr), torch.maximum(eps, plain), rtol=1e-6)
+    assert torch.allclose(value(loss.snr_plus_one), eps + plain, rtol=1e-6)
+    assert torch.allclose(loss.snr_plus_one(sde, t), loss.edm(sde, t, sigma_data=1.0), rtol=1e-9)
+    for gamma in (0.5, 5.0):
+        assert torch.equal(value(loss.min_snr(gamma)), value(functools.partial(loss.capped, cap=gamma)))
+    assert torch.equal(loss.min_snr()(sde, t), loss.capped(sde, t))
+
+
+@pytest.mark.parametrize("name", ["VP", "Cosine"])
+def test_snr_plus_one_is_the_error_of_v(name):
+    law, n = mixture(SDES[name]), 40
+    x0, noise, t = law.sample(n, seeds=range(n)), normals(n, 2, first=n), loss.uniform(law.sde, uniforms(n))[:, None]
+    model = Perturbed(law, 0.7)
+    v = law.sde.alpha(t) * noise - law.sde.sigma(t) * x0
+    error = (model.predict(law.sde.perturb(x0, t, noise), t).v - v).square().mean(1)
+    assert torch.allclose(s.dsm_loss(model, x0, t, loss.snr_plus_one, noise), error, rtol=1e-6)
+
+
 def test_a_weight_may_be_any_function():
     x0, t = normals(4, 2), torch.full((4,), 0.3, dtype=D)
     law, noise = mixture(s.VP()), normals(4, 2, first=9)
@@ -129,18 +159,19 @@ def test_a_weight_may_be_any_function():
 
 
 # --- shapes and dtypes ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", [*WEIGHTS, *MADE])
 def test_the_shapes_of_t(weight):
     law = s.Gaussian(s.VP(), torch.zeros(1, 2, 2, dtype=D), 0.5)
+    factor = {**WEIGHTS, **MADE}[weight]
     x0, noise = normals(5, 1, 2, 2), normals(5, 1, 2, 2, first=9)
     t = torch.tensor(0.3, dtype=D)
-    value = s.dsm_loss(law, x0, t, WEIGHTS[weight], noise)
+    value = s.dsm_loss(law, x0, t, factor, noise)
     assert value.shape == (5,)
     for same in (t.expand(5), t.expand(5, 1, 1, 1)):
-        assert torch.allclose(s.dsm_loss(law, x0, same, WEIGHTS[weight], noise), value, rtol=1e-12)
+        assert torch.allclose(s.dsm_loss(law, x0, same, factor, noise), value, rtol=1e-12)
     each = torch.linspace(0.1, 0.9, 5, dtype=D)
-    rows = [s.dsm_loss(law, x0[i : i + 1], each[i], WEIGHTS[weight], noise[i : i + 1]) for i in range(5)]
-    assert torch.allclose(s.dsm_loss(law, x0, each, WEIGHTS[weight], noise), torch.cat(rows), rtol=1e-12)
+    rows = [s.dsm_loss(law, x0[i : i + 1], each[i], factor, noise[i : i + 1]) for i in range(5)]
+    assert torch.allclose(s.dsm_loss(law, x0, each, factor, noise), torch.cat(rows), rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, D])
@@ -236,3 +267,224 @@ def test_log_normal_takes_a_mean_and_a_deviation():
     logs = loss.log_normal(sde, uniforms(n), mean=-0.5, std=0.8).log()
     assert abs(float(logs.mean()) + 0.5) < 5 * 0.8 / n**0.5
     assert abs(float(logs.std()) - 0.8) < 5 * 0.8 / math.sqrt(2 * n)
+
+
+@pytest.mark.parametrize("kind", TIMES)
+def test_low_discrepancy_times_have_the_same_distribution(kind):
+    """Each draw alone is distributed as before; every run of rows is spread, of which `stratified` spreads the whole batch alone."""
+    sde, batches, n = s.VP(), 200, 32
+    u = uniforms(n * batches).reshape(batches, n)
+    law, variable = cdf(kind, sde)
+    means = {}
+    for name, spread in {"plain": lambda times: times, **SPREAD}.items():
+        t = torch.stack([spread(TIMES[kind])(sde, row) for row in u])
+        level = torch.from_numpy(law(variable(t).numpy()))
+        assert stats.kstest(level[:, 11].numpy(), stats.uniform.cdf).pvalue > 1e-3
+        assert bool(((t >= sde.t_min) & (t <= sde.t_max)).all())
+        means[name] = float(level.mean(1).var()), float(level[:, 8:16].mean(1).var())
+    assert means["stratified"][0] < means["low_discrepancy"][0] < means["plain"][0] / 10
+    assert means["low_discrepancy"][1] < means["plain"][1] / 4
+    assert means["stratified"][1] > means["plain"][1]  # eight neighbours of 32 lie within a quarter
+
+
+@pytest.mark.parametrize("spread", SPREAD)
+def test_spread_times_take_any_batch_and_dtype(spread):
+    for n in (0, 1, 2, 7):
+        assert SPREAD[spread](loss.uniform)(s.VP(), uniforms(n)).shape == (n,)
+    one = SPREAD[spread](loss.uniform)(s.VP(), uniforms(1))
+    assert torch.equal(one, loss.uniform(s.VP(), uniforms(1)))
+    assert SPREAD[spread](loss.uniform)(s.VP(), uniforms(4).float()).dtype == torch.float32
+
+
+# --- importance ----------------------------------------------------------------------------------------------------------
+def middles(n):
+    return (torch.arange(n, dtype=D) + 0.5) / n
+
+
+def ramp(sde, t):
+    """A weight that is 0 over part of the range and has no name."""
+    return (t - (sde.t_min + sde.t_max) / 3).clamp(min=0)
+
+
+IMPORTANT = {
+    "likelihood": loss.importance(loss.likelihood), "flat": loss.importance(loss.likelihood, math.inf),
+    "simple": loss.importance(loss.simple, 0.25), "edm": loss.importance(loss.edm), "constant": loss.importance(lambda sde, t: 1.0),
+    "ramp": loss.importance(ramp),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", IMPORTANT)
+@pytest.mark.parametrize("name", sorted(SDES))
+def test_importance_changes_no_integral(name, kind):
+    """The mean of weight(t) h(t) over its times is that of the given weight over uniform t, h anything: by quadrature over u."""
+    sde, imp = SDES[name], IMPORTANT[kind]
+    n = 6000 if name == "Tabulated" else 20_000  # its times are by bisection
+    t = imp(sde, middles(n))
+    assert t.dtype == D
+    assert bool(((t >= sde.t_min) & (t <= sde.t_max)).all())
+    assert bool((t.diff() >= 0).all())
+    given_at = lambda t: torch.as_tensor(imp.of(sde, t)).expand(t.shape)
+    share = torch.where(given_at(t) > 0, imp.weight(sde, t) / given_at(t), torch.zeros_like(t))  # density of uniform t over q
+    h = lambda t: (given_at(t) > 0) * (2 + torch.sin(9 * t / sde.t_max))
+    wanted = h(loss.uniform(sde, middles(n))).mean()
+    assert float((share * h(t)).mean()) == pytest.approx(float(wanted), rel=2e-3)
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_importance_makes_the_loss_of_a_gaussian_flat(name):
+    """E[weight |x0_hat - x0|^2] of the exact mean of N(0, V) is the same at all its times, up to the share that is uniform."""
+    sde, v = SDES[name], 0.25
+    imp = loss.importance(loss.likelihood, v)
+    t = imp(sde, middles(1000))
+    mean = imp.weight(sde, t) * v / (1 + v * loss.simple(sde, t))
+    assert float(mean.max()) < 1.02 * float(mean.median()) / (1 - loss.FLOOR)
+    even = loss.uniform(sde, middles(100_000))
+    spread = loss.likelihood(sde, even) * v / (1 + v * loss.simple(sde, even))
+    assert float(mean.mean()) == pytest.approx(float(spread.mean()), rel=0.05)
+    assert float(mean.square().mean()) < float(spread.square().mean())
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_importance_with_infinite_variance_is_uniform_in_log_snr(name):
+    """g^2 / sigma^2 = -d logsnr / dt. Song et al. 2021."""
+    sde, n = SDES[name], 2000
+    logsnr = sde.logsnr(IMPORTANT["flat"](sde, uniforms(n)))
+    high, low = sde.logsnr(torch.tensor([sde.t_min, sde.t_max], dtype=D)).tolist()
+    assert stats.kstest(logsnr.numpy(), stats.uniform(low, high - low).cdf).pvalue > 1e-3
+
+
+def test_importance_remembers_no_other_sde():
+    imp, u = loss.importance(loss.likelihood), uniforms(64)
+    for sde in (s.VP(), s.VE(), s.VP(beta_max=10.0), s.VP()):
+        fresh = loss.importance(loss.likelihood)
+        assert torch.equal(imp(sde, u), fresh(sde, u))
+        assert torch.equal(imp.weight(sde, fresh(sde, u)), fresh.weight(sde, fresh(sde, u)))
+    assert imp == fresh
+
+    class Moving(s.LinearSDE):  # no dataclass: it may change between two calls
+        t_min, t_max, top = 0.01, 1.0, 1.0
+        alpha, sigma = (lambda self, t: torch.ones_like(t)), (lambda self, t: self.top * t)
+
+    sde = Moving()
+    before = imp.weight(sde, imp(sde, u))
+    sde.top = 5.0
+    assert not torch.allclose(imp.weight(sde, imp(sde, u)), before)
+
+
+def test_levels_take_a_variance_a_row():
+    """As the bound on the likelihood asks for: a density for each row, drawn and weighed by itself."""
+    sde, v, u = s.VP(), torch.tensor([[0.1], [1.0], [7.0]], dtype=D), uniforms(12).reshape(3, 4)
+    found = loss.levels(sde, loss.likelihood, v)
+    drawn = found.draw(u)
+    for i in range(3):
+        one = loss.levels(sde, loss.likelihood, float(v[i]))
+        assert torch.allclose(one.draw(u[i]), drawn[i], rtol=1e-12)
+        assert torch.allclose(one.density(drawn[i]), found.density(drawn)[i], rtol=1e-12)
+    assert torch.allclose(found.heights.mean(1), torch.ones(3, dtype=D))
+    snr = ((torch.arange(loss.CELLS, dtype=D) + 0.5) / loss.CELLS * (found.b - found.a) + found.a).exp()
+    shape = v * snr / (1 + v * snr)  # the weight likelihood over logsnr
+    assert torch.allclose(found.heights, (1 - loss.FLOOR) * shape / shape.mean(1, keepdim=True) + loss.FLOOR, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: loss.min_snr(0.0), ValueError, r"gamma is 0.0; wanted a finite number in \(0, inf\)"),
+        (lambda: loss.min_snr("5"), TypeError, r"gamma is str; wanted a number"),
+        (lambda: loss.importance(3.0), TypeError, r"weight is float; wanted a function \(sde, t\)"),
+        (lambda: loss.importance(loss.edm, 0.0), ValueError, r"variance is 0.0"),
+        (lambda: loss.importance(lambda sde, t: -t)(s.VP(), uniforms(2)), ValueError, r"no importance, as at t = "),
+        (lambda: loss.importance(lambda sde, t: 0 * t)(s.VP(), uniforms(2)), ValueError, r"no importance; wanted .* not all 0"),
+        (lambda: loss.importance(lambda sde, t: t / 0)(s.VP(), uniforms(2)), ValueError, r"no importance, as at t = "),
+        (lambda: loss.discrete([]), ValueError, r"times is list; wanted \[N\] different times"),
+        (lambda: loss.discrete(torch.tensor([0.1, 0.1])), ValueError, r"times is \[2\] float32; wanted \[N\] different"),
+        (lambda: loss.discrete(torch.ones(2, 2)), ValueError, r"times is \[2, 2\] float32"),
+        (lambda: s.dsm_loss(mixture(s.VP()), normals(2, 2), uniforms(2), loss.edm, 3.0), TypeError, r"noise is float; wanted unit noise"),
+        (lambda: s.dsm_loss(mixture(s.VP()), normals(2, 2), uniforms(2), loss.edm, normals(3, 2)), ValueError, r"noise is \[3, 2\]"),
+        (
+            lambda: s.dsm_loss(mixture(s.VP()), normals(2, 2), loss.discrete([0.5, 2.0])(s.VP(), uniforms(2) * 0 + 0.9), loss.edm),
+            ValueError, r"t spans \[2, 2\]; wanted times of VP",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_choices_are_refused(make, kind, message):
+    with pytest.raises(kind, match=message):
+        make()
+
+
+# --- the discrete chain --------------------------------------------------------------------------------------------------
+def ddpm(n=50):
+    """A short chain, its SDE, abar of its indices 0 .. n-1, a wrong model of the mixture, and its eps at an index."""
+    betas = torch.linspace(1e-3, 0.2, n, dtype=D)
+    chain = s.VP.from_betas(betas)
+    model = Perturbed(mixture(chain), 0.5)
+    eps = lambda x, index: model.predict(x, (index.double() + 1)[:, None] / n).eps
+    return betas, chain, (1 - betas).cumprod(0), model, eps
+
+
+def test_discrete_times_are_the_nodes_each_as_likely():
+    _, chain, *_ = ddpm()
+    times = loss.discrete(chain.nodes())
+    t = times(chain, middles(500))
+    assert torch.equal(t.unique(), chain.nodes().flip(0))
+    assert torch.equal(t.unique(return_counts=True)[1], torch.full((50,), 10))
+    assert times(chain, torch.tensor([0.0, 1.0], dtype=D)).tolist() == [chain.t_min, 1.0]
+    assert times == loss.discrete(chain.nodes().flip(0))
+
+
+def test_ddpm_is_a_special_case():
+    """L_simple (Ho et al. 2020, algorithm 1) and eq. 12 with sigma_t^2 = beta_t, written out from the betas."""
+    betas, chain, abar, model, eps = ddpm()
+    n = 50
+    x0, noise, u = mixture(chain).sample(n, seeds=range(n)), normals(n, 2, first=n), middles(n)
+    times = loss.discrete(chain.nodes())
+    t, index = times(chain, u), (u * n).long()
+    a = abar[index][:, None]
+    error = (noise - eps(a.sqrt() * x0 + (1 - a).sqrt() * noise, index)).square().sum(1)
+    assert torch.allclose(s.dsm_loss(model, x0, t, loss.simple, noise), error / 2, rtol=1e-8)
+    factor = betas**2 / (2 * betas * (1 - betas) * (1 - abar))
+    found = s.dsm_loss(model, x0, t, times.weight, noise) * 2 / 2 * (chain.t_max - chain.t_min) / n
+    assert torch.allclose(found, factor[index] * error, rtol=1e-8)
+
+
+def test_the_chain_with_the_posterior_variance():
+    """KL(q(x_{i-1} | x_i, x0) || the same with x0_hat), eq. 6-7; the lowest time belongs to the decoder, as in `elbo(times=)`."""
+    betas, chain, abar, model, eps = ddpm()
+    n = 50
+    x0, noise, index = mixture(chain).sample(n, seeds=range(n)), normals(n, 2, first=n), torch.arange(n)
+    times = loss.discrete(chain.nodes(), upper=False)
+    before = torch.cat([torch.ones(1, dtype=D), abar[:-1]])
+    a = abar[:, None]
+    x = a.sqrt() * x0 + (1 - a).sqrt() * noise
+    x0_hat = (x - (1 - a).sqrt() * eps(x, index)) / a.sqrt()
+    share = (before.sqrt() * betas / (1 - abar))[:, None]  # of x0 in the posterior's mean
+    kl = (share * (x0 - x0_hat)).square().sum(1) / (2 * (1 - before) / (1 - abar) * betas)
+    kl[0] = 0
+    found = s.dsm_loss(model, x0, (index + 1).double() / n, times.weight, noise) * 2 / 2 * (chain.t_max - chain.t_min) / n
+    assert torch.allclose(found, kl, rtol=1e-8)
+    sums = s.elbo(model, x0[:3].repeat(200, 1), times=chain.nodes(), seeds=range(600)).matching
+    rows = x0[:3].repeat(200, 1).repeat_interleave(n, 0)
+    t = (index + 1).double().repeat(600) / n
+    draws = s.dsm_loss(model, rows, t, times.weight, normals(len(rows), 2)) * (chain.t_max - chain.t_min) / n
+    mine = draws.reshape(600, n).sum(1)
+    assert abs(float(mine.mean() - sums.mean())) < 5 * float((mine.var() / 600 + sums.var() / 600).sqrt())
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_many_steps_are_the_continuous_likelihood(name):
+    sde = SDES[name]
+    times = loss.discrete(torch.linspace(sde.t_min, sde.t_max, 20_001, dtype=D), upper=False)
+    t = loss.discrete(torch.linspace(sde.t_min, sde.t_max, 20_001, dtype=D)[1000:19_000:50])(sde, uniforms(100))
+    assert torch.allclose(times.weight(sde, t), loss.likelihood(sde, t), rtol=5e-3)
+    upper = loss.discrete(times.times, upper=True)
+    assert torch.allclose(upper.weight(sde, t), loss.likelihood(sde, t), rtol=5e-3)
+    assert torch.allclose(times.weight(sde, t.float().double()), times.weight(sde, t), rtol=1e-9)  # the nearest node
+
+
+def test_the_discrete_minimum_is_the_exact_denoiser():
+    _, chain, *_ = ddpm()
+    law, n, times = mixture(chain), 20_000, loss.discrete(chain.nodes())
+    x0, noise, t = law.sample(n, seeds=range(n)), normals(n, 2, first=n), times(chain, uniforms(n, 2 * n))
+    slope = [s.dsm_loss(Perturbed(law, h), x0, t, times.weight, noise) for h in (1e-4, -1e-4)]
+    slope = (slope[0] - slope[1]) / 2e-4
+    assert 0 < slope.mean().abs() < 5 * slope.std() / n**0.5

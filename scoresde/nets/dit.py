@@ -12,12 +12,12 @@ from torch.nn.functional import gelu, softmax
 
 from scoresde.checks import check_count
 from scoresde.nets.blocks import check_image, unit, zeroed
-from scoresde.nets.embed import Conditioning, check_call, seeded
+from scoresde.nets.embed import Conditioning, Net, seeded
 
 __all__ = ["DiT"]
 
 
-class DiT(nn.Module):
+class DiT(Net):
     """Transformer on patches, each branch with its scale, shift and gate from the noise level and label (adaLN-Zero).
 
         h <- h + gate1(e) attend(LN(h) (1 + scale1(e)) + shift1(e))
@@ -91,20 +91,7 @@ class DiT(nn.Module):
             self.leave = zeroed(nn.Linear(width, channels * patch**2))
         self.to(torch.get_default_device())
 
-    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Return the net's output, of the shape and dtype of x.
-
-        Args:
-            x: [B, C, H, W] in the dtype of the weights.
-            c_noise: [B] float32 or float64, a smooth number of the noise level such as log(sigma / alpha) / 4.
-            cond: None, or int64 labels [B] in 0 ... classes - 1, with -1 for a row without a label.
-
-        Raises:
-            TypeError, ValueError: an argument is not what is said above. Labels out of range raise on the CPU; on an
-                accelerator they trip its own index assertion, since reading them here would cost a sync at every call.
-        """
-        check_call(x, c_noise, cond, self.shape, self.condition.classes, self.enter.weight.dtype)
-        e = self.condition(c_noise, cond)
+    def _run(self, x: Tensor, e: Tensor) -> Tensor:
         h = self.enter(_patches(x, self.patch))
         h = h + self.positions.to(h.dtype)  # type: ignore[operator]
         for block in self.blocks:

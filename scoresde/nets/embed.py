@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 
 from scoresde.checks import check_count, shape_of
 
-__all__ = ["Conditioning", "check_call", "check_shape", "fourier", "gaussian", "seeded"]
+__all__ = ["Conditioning", "Net", "check_call", "check_shape", "fourier", "gaussian", "seeded"]
 
 # c_noise = log(sigma / alpha) / 4 spans about [-3, 3]. A period of 2 pi / 0.5 covers that without a repeat; one of
 # 2 pi / 16 still resolves a factor of 5 in sigma, and no finer: high-order solvers need a net that is smooth in time.
@@ -113,6 +113,36 @@ class Conditioning(nn.Module):
         except IndexError as error:
             wanted = f"0 ... {self.classes - 1}, or -1 for no label"
             raise ValueError(f"cond has labels out of range; wanted {wanted}: build the net with more classes") from error
+
+
+class Net(nn.Module):
+    """What the nets share: a call is checked, noise level and label are embedded, and `_run` does the rest.
+
+    A net has `shape` of one sample, `condition`, `enter` (its first layer), `config` and `_run(x, e) -> shape of x`.
+    """
+
+    shape: tuple[int, ...]
+    config: dict[str, Any]
+    condition: Conditioning
+    enter: nn.Linear | nn.Conv2d
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Return the net's output, of the shape and dtype of x.
+
+        Args:
+            x: [B, *shape] in the dtype of the weights.
+            c_noise: [B] float32 or float64, a smooth number of the noise level such as log(sigma / alpha) / 4.
+            cond: None, or int64 labels [B] in 0 ... classes - 1, with -1 for a row without a label.
+
+        Raises:
+            TypeError, ValueError: an argument is not what is said above. Labels out of range raise on the CPU; on an
+                accelerator they trip its own index assertion, since reading them here would cost a sync at every call.
+        """
+        check_call(x, c_noise, cond, self.shape, self.condition.classes, self.enter.weight.dtype)
+        return self._run(x, self.condition(c_noise, cond))
+
+    def _run(self, x: Tensor, e: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 def check_call(x: Any, c_noise: Any, cond: Any, shape: tuple[int, ...], classes: int, dtype: torch.dtype) -> None:

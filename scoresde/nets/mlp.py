@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from scoresde.checks import check_count
-from scoresde.nets.embed import Conditioning, check_call, check_shape, seeded
+from scoresde.nets.embed import Conditioning, Net, check_shape, seeded
 
 __all__ = ["MLP"]
 
 
-class MLP(nn.Module):
+class MLP(Net):
     """Residual perceptron on the flattened sample: h <- h + W2 silu(W1 (LN(h) (1 + scale(e)) + shift(e))).
 
     The last layer starts at zero, so a fresh net returns 0. `config` holds the arguments: `MLP(**net.config)` rebuilds it.
@@ -68,20 +68,7 @@ class MLP(nn.Module):
         nn.init.zeros_(self.leave.bias)
         self.to(torch.get_default_device())
 
-    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Return the net's output, of the shape and dtype of x.
-
-        Args:
-            x: [B, *shape] in the dtype of the weights.
-            c_noise: [B] float32 or float64, a smooth number of the noise level such as log(sigma / alpha) / 4.
-            cond: None, or int64 labels [B] in 0 ... classes - 1, with -1 for a row without a label.
-
-        Raises:
-            TypeError, ValueError: an argument is not what is said above. Labels out of range raise on the CPU; on an
-                accelerator they trip its own index assertion, since reading them here would cost a sync at every call.
-        """
-        check_call(x, c_noise, cond, self.shape, self.condition.classes, self.enter.weight.dtype)
-        e = self.condition(c_noise, cond)
+    def _run(self, x: Tensor, e: Tensor) -> Tensor:
         h = self.enter(x.flatten(1))
         for block in self.blocks:
             h = block(h, e)

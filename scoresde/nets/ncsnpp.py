@@ -13,14 +13,14 @@ from torch.nn.functional import pad, silu
 import scoresde.nets.fir as filters
 from scoresde.checks import check_count, check_number
 from scoresde.nets.blocks import HALF, SILU_SQUARE, Attention, check_image, check_levels, crop, double, halve, unit, zeroed
-from scoresde.nets.embed import Conditioning, check_call, fourier, gaussian, seeded
+from scoresde.nets.embed import Conditioning, Net, fourier, gaussian, seeded
 
 __all__ = ["NCSNpp"]
 
 Resample = Callable[[Tensor], Tensor]
 
 
-class NCSNpp(nn.Module):
+class NCSNpp(Net):
     """U-Net of residual blocks that resample inside: DDPM++ with `fir` and `pyramid` off, NCSN++ with both on, deep with 8 blocks.
 
     Level l has channels * multipliers[l] channels at 1 / 2^l of the size. On the way down there is a skip after the first
@@ -127,20 +127,7 @@ class NCSNpp(nn.Module):
             self.leave = zeroed(nn.Conv2d(width, self.shape[0], 3, padding=1))
         self.to(torch.get_default_device())
 
-    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Return the net's output, of the shape and dtype of x.
-
-        Args:
-            x: [B, C, H, W] in the dtype of the weights.
-            c_noise: [B] float32 or float64, a smooth number of the noise level such as log(sigma / alpha) / 4.
-            cond: None, or int64 labels [B] in 0 ... classes - 1, with -1 for a row without a label.
-
-        Raises:
-            TypeError, ValueError: an argument is not what is said above. Labels out of range raise on the CPU; on an
-                accelerator they trip its own index assertion, since reading them here would cost a sync at every call.
-        """
-        check_call(x, c_noise, cond, self.shape, self.condition.classes, self.enter.weight.dtype)
-        e = self.condition(c_noise, cond)
+    def _run(self, x: Tensor, e: Tensor) -> Tensor:
         image = x.contiguous()  # a channels-last image would make every activation so: see UNet
         h = self.enter(image)
         skips = [h]

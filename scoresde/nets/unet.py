@@ -11,12 +11,12 @@ from torch.nn.functional import silu
 
 from scoresde.checks import check_count, check_number
 from scoresde.nets.blocks import HALF, Attention, check_image, check_levels, crop, double, halve, norm, zeroed
-from scoresde.nets.embed import Conditioning, check_call, seeded
+from scoresde.nets.embed import Conditioning, Net, seeded
 
 __all__ = ["UNet"]
 
 
-class UNet(nn.Module):
+class UNet(Net):
     """U-Net in the manner of DDPM++: residual blocks, a skip for each block going down, one mean-pooling a level.
 
     Level l has channels * multipliers[l] channels at 1 / 2^l of the size, rounded up: a pool over an odd side averages
@@ -94,20 +94,7 @@ class UNet(nn.Module):
             self.leave = zeroed(nn.Conv2d(width, self.shape[0], 3, padding=1))
         self.to(torch.get_default_device())
 
-    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Return the net's output, of the shape and dtype of x.
-
-        Args:
-            x: [B, C, H, W] in the dtype of the weights.
-            c_noise: [B] float32 or float64, a smooth number of the noise level such as log(sigma / alpha) / 4.
-            cond: None, or int64 labels [B] in 0 ... classes - 1, with -1 for a row without a label.
-
-        Raises:
-            TypeError, ValueError: an argument is not what is said above. Labels out of range raise on the CPU; on an
-                accelerator they trip its own index assertion, since reading them here would cost a sync at every call.
-        """
-        check_call(x, c_noise, cond, self.shape, self.condition.classes, self.enter.weight.dtype)
-        e = self.condition(c_noise, cond)
+    def _run(self, x: Tensor, e: Tensor) -> Tensor:
         h = self.enter(x.contiguous())  # a channels-last image would make every activation so: see the class
         skips = []
         for i, block in enumerate(self.down):
