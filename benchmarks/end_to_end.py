@@ -62,7 +62,8 @@ def features() -> ModuleFeatures:
 
 
 def export() -> None:
-    """The average of each finished training, in float16."""
+    """The average of each finished training, in float16; the curves of both."""
+    curves, levels = {}, {}
     for name in NAMES:
         run = HERE.parent / f"runs/fashion-{name}"
         summary = json.loads((run / "summary.json").read_text())
@@ -72,7 +73,13 @@ def export() -> None:
             "config": (run / "config.yaml").read_text(), "summary": summary, **json.loads((run / "environment.json").read_text()),
         }  # fmt: skip
         (WEIGHTS / f"fashion-{name}.json").write_text(json.dumps(made, indent=1) + "\n")
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        curves[f"{name.upper()}, training"] = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+        rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+        levels[name.upper()] = [(r["logsnr"], r["loss"]) for r in rows if r["step"] == summary["step"]]
         print(name, summary, sum(p.stat().st_size for p in (WEIGHTS / f"fashion-{name}").iterdir()), "bytes", flush=True)
+    figures.curve(DOCS / "fashion_loss.png", curves, "loss (edm)")
+    figures.curve(DOCS / "fashion_levels.png", levels, "loss of 256 images held out", "logsnr")
 
 
 def score() -> None:

@@ -77,7 +77,8 @@ from .solvers import (
     TorchSDE,
     UniPC,
 )
-from .train import Step, Training, fit
+from .train import Step, fit
+from .training import Training
 
 __version__ = "0.1.0"
 

@@ -188,9 +188,10 @@ def _add_likelihood(commands: Any) -> None:
     add("folder", type=Path, metavar="FOLDER", help="the model, as scoresde.checkpoint.save wrote it")
     add("data", type=Path, metavar="DATA", help=".npy of integers [N, *shape], or a folder of image files, in the order of names")
     add("--out", type=Path, default=Path("runs/likelihood"), help="folder of table, summary and histogram" + default)
-    add("--levels", type=whole(2), default=256, metavar="N", help="grey levels of the images, 0 .. N - 1" + default)
-    add("--low", type=float, default=-1.0, metavar="X", help="lower end of the model's range" + default)
-    add("--high", type=float, default=1.0, metavar="X", help="its upper end" + default)
+    trained = " (default: the training's, else {})".format
+    add("--levels", type=whole(2), metavar="N", help="grey levels of the images, 0 .. N - 1" + trained(256))
+    add("--low", type=float, metavar="X", help="lower end of the model's range" + trained(-1))
+    add("--high", type=float, metavar="X", help="its upper end" + trained(1))
     add("--dequantization", choices=["uniform", "truncated-normal"], default="uniform", help="noise in a cell" + default)
     add("--importance", type=whole(1), metavar="K", help="log-mean-exp of K draws of it: a tighter bound")
     add("--samples", type=whole(1), default=1, metavar="K", help="bounds to average, for their spread" + default)

@@ -62,6 +62,8 @@ class Data(Section):
         super().__post_init__()
         if self.source not in SETS and "/" not in self.source and os.sep not in self.source and not self.source.endswith(".npy"):
             raise ValueError(f"source is {self.source[:60]!r}; {nearest(self.source, SETS)}; a file ends in .npy, a folder has a /")
+        if not self.high - self.low < 1e30:
+            raise ValueError(f"low is {self.low:g}, high is {self.high:g}; wanted a range that float32 resolves, such as -1 and 1")
         if self.low >= self.high:
             raise ValueError(f"low is {self.low:g}, high is {self.high:g}; wanted low < high: swap them?")
         others = ("labels", "levels") if self.source in SETS else ("part", "folder")
@@ -130,7 +132,7 @@ class Config(Section):
     compile: bool = key("run the network through torch.compile", False)
     channels_last: bool = key("memory format of images", False)
     label_dropout: float = key("share of labels left out, for guidance", 0.0, low=0.0, below=1.0)
-    patience: int = key("steps in a row without a finite gradient before the run stops", 8, low=0)
+    patience: int = key("steps in a row without a finite gradient before the run stops", 8, low=1)
     ema: tuple[Average, ...] = key("averages of the weights", (Average(0.999),))
     every: Every = key("how often what is done", Every())
     samples: Samples = key("of every.sample and every.fid", Samples())
@@ -196,12 +198,27 @@ def average_of(average: Average, module: nn.Module) -> EMA:
     return EMA(module, average.decay) if average.std is None else PowerEMA(module, average.std)  # type: ignore[bad-argument-type]
 
 
+def _try(choice: Choice) -> None:
+    """One step of the optimizer on one number."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = optimizer_of(choice, [parameter])
+    parameter.grad = torch.ones(1)
+    try:
+        optimizer.step()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"optimizer: {choice.name} with {dict(choice.options)} takes no step ({error}); leave out that option"
+        ) from error
+    if not bool(parameter.isfinite()):
+        raise ValueError(f"optimizer: {choice.name} with {dict(choice.options)} steps to {parameter.item()}; wanted finite options")
+
+
 def _probe(config: Config) -> None:
     """Make and call what needs no data: the ranges of options are known to the parts alone."""
     sde = sde_of(config.sde, torch.tensor([[-50.0], [50.0]]))
     u = torch.tensor([0.25, 0.75], dtype=torch.float64)
     build(config.objective, OBJECTIVES, "objective")
-    optimizer_of(config.optimizer, [nn.Parameter(torch.zeros(1))])
+    _try(config.optimizer)
     times, weight = times_and_weight_of(config)
     t = sde.t_min + u * (sde.t_max - sde.t_min)
     calls = {"times": lambda: times(sde, u), "weight": lambda: weight(sde, t)}

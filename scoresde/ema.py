@@ -18,8 +18,8 @@ __all__ = ["EMA", "PowerEMA", "exponent", "posthoc", "posthoc_coefficients"]
 class EMA:
     """Exponential moving average of a module's parameters and buffers, through torch's AveragedModel; `.module` is the average.
 
-    The decay warms up, min(decay, (1 + n) / (10 + n)) at update n = 1, 2, ..., so that early averages
-    forget the initialisation; the first update copies.
+    The decay warms up, min(decay, n / (9 + n)) at update n = 2, 3, ..., so that early averages forget the initialisation; the first
+    update copies.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:

@@ -36,6 +36,7 @@ DEQUANTIZATIONS: dict[str, Callable[[], Dequantization]] = {"uniform": Uniform, 
 COSTS = ("score", "rejected", "network", "divergence", "repeated")  # of the ledger; a row has the means over its batch
 COLUMNS = ("index", "file", "bits_per_dim", "log_prob", "stderr", "nfe", *COSTS)
 FILES = ("summary.json", "histogram.png", "likelihood.csv", "settings.json")  # in the order in which they go
+ENDS = ("levels", "low", "high")  # of the cells of the images
 MEND = "choose another --out, or pass --overwrite to start afresh"
 ONCE = (".*images have negative bits/dim", "no pixel is above", ".*the noise of probes makes it optimistic")
 
@@ -44,9 +45,9 @@ ONCE = (".*images have negative bits/dim", "no pixel is above", ".*the noise of 
 class Settings:
     """What decides the numbers beside model and data: the arguments of `bits_per_dim`, by their names on the command line."""
 
-    levels: int = 256
-    low: float = -1.0
-    high: float = 1.0
+    levels: int | None = None  # None of these three: those of the training, else 256, -1 and 1
+    low: float | None = None
+    high: float | None = None
     dequantization: str = "uniform"
     importance: int | None = None
     samples: int = 1
@@ -75,7 +76,13 @@ class Settings:
     @property
     def cells(self) -> Quantized:
         """Of the images."""
-        return Quantized(self.levels, self.low, self.high)
+        return Quantized(**{key: getattr(self, key) for key in ENDS if getattr(self, key) is not None})
+
+    def fitted(self, data: Mapping[str, Any]) -> Settings:
+        """With the levels and the range of a model trained on such data, where they are left open."""
+        given = {key: getattr(self, key) for key in ENDS if getattr(self, key) is not None}
+        cells = Quantized(**{key: data[key] for key in ENDS if key in data} | given)
+        return replace(self, **{key: getattr(cells, key) for key in ENDS})
 
     @property
     def solver(self) -> Solver | None:
@@ -137,7 +144,8 @@ def score(folder: Path, config: str, settings: Settings, levels: np.ndarray, fir
             warnings.filterwarnings("ignore", message)
         found = bits_per_dim(
             _model(folder, config, settings.device), torch.from_numpy(levels).to(settings.device), settings.solver,
-            levels=settings.levels, low=settings.low, high=settings.high, nfe=settings.nfe, steps=settings.steps, seeds=seeds,
+            levels=settings.cells.levels, low=settings.cells.low, high=settings.cells.high, nfe=settings.nfe, steps=settings.steps,
+            seeds=seeds,
             dequantization=settings.draws, samples=settings.samples, divergence=settings.divergence, microbatch=settings.batch,
             dtype=getattr(torch, settings.dtype),
         )  # fmt: skip
@@ -221,12 +229,15 @@ def run(
     if not 0 <= check_count(first, "first", 0) < stop <= source.count:
         raise ValueError(f"images {first} .. {stop - 1} are asked for; {data} has 0 .. {source.count - 1}")
     size = min(settings.batch, source.count)
-    settings = replace(settings, batch=size)
+    settings = replace(settings, batch=size).fitted(config.get("data", {}))
+    if getattr(model.net, "config", {}).get("classes"):
+        _warn("the network was given labels in training, and the density is that without: it may have seldom seen that case")
     pinned = _pinned(config, source, settings, model, shape)
     last = lambda i: min((i // size + 1) * size, source.count)  # past the batch that image i is in
-    largest = source.check(first // size * size, last(stop - 1), settings.levels)
-    if largest < settings.levels // 8:
-        _warn(f"no pixel is above {largest} with --levels {settings.levels}: is that their number of levels?")
+    levels = settings.cells.levels
+    largest = source.check(first // size * size, last(stop - 1), levels)
+    if largest < levels // 8:
+        _warn(f"no pixel is above {largest} with --levels {levels}: is that their number of levels?")
     if (settings.importance or 1) > 1 and divergence_of(settings.divergence, shape).random:
         _warn(f"{pinned['dequantization']} with {pinned['divergence']}: the noise of probes makes it optimistic; exact has none")
     with resume.locked(out):

@@ -77,7 +77,7 @@ def _array(path: Path, shape: tuple[int, ...]) -> Images:
     if found.dtype.kind not in "iu":
         raise TypeError(
             f"{path} holds {found.dtype}; wanted integers, grey levels as they were read: of floats k / 255 they are "
-            "np.round(255 * x).astype(np.uint8)"
+            "np.round(255 * x).astype(np.uint8). Of vectors there is scoresde.log_prob(checkpoint.load(folder), x)"
         )
     axes, last = found.shape[1:], (*shape[1:], shape[0])
     to_shape: Callable[[np.ndarray], np.ndarray]

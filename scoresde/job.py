@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from .choices import build
 from .config import Config
 from .data import Batches, Source, load, split
 from .denoiser import Preconditioned
+from .evaluate import check_device
 from .reports import Scale
 from .train import Step, Training, fit
 
@@ -66,10 +70,23 @@ class Job:
     def described(self) -> dict[str, Any]:
         """config.json of its checkpoints: the network, and what its numbers mean."""
         cells, source = self.scale.cells, self.source
-        data = {"source": self.config.data.source, "entries": len(source), "shape": list(source.shape)}
+        data = {
+            "source": self.config.data.source,
+            "entries": len(source),
+            "shape": list(source.shape),
+            "sha256_of_some": self.print,
+        }
         if cells is not None:
             data |= {"levels": cells.levels, "low": cells.low, "high": cells.high}
-        return {**checkpoint.describe(self.model), "emas": [e.name for e in self.training.emas], "data": data}
+        found = {**checkpoint.describe(self.model), "emas": [e.name for e in self.training.emas], "data": data}
+        return json.loads(json.dumps(found))  # as it is read back: lists for tuples
+
+    @cached_property
+    def print(self) -> str:
+        """SHA-256 of 256 entries, evenly spaced: other data of the same name and shape are other data."""
+        rows = spread(self.source, 256)
+        labels = b"" if self.source.labels is None else self.source.labels[rows].tobytes()
+        return hashlib.sha256(np.ascontiguousarray(self.source.x[rows]).tobytes() + labels).hexdigest()
 
     def seen(self, source: Source, count: int) -> Tensor:
         """Up to `count` entries of a source, evenly spaced, in the model's range."""
@@ -83,6 +100,7 @@ def spread(source: Source, count: int) -> np.ndarray:
 
 def prepare(config: Config) -> Job:
     """Load the data, build network, optimizer and averages; raises before any step is taken."""
+    check_device(config.device)
     data, named = config.data, config.data.source in configs.SETS
     source = (
         load(data.source, part=data.part, folder=data.folder)
@@ -97,7 +115,8 @@ def prepare(config: Config) -> Job:
     if cells is None and data.dequantize:
         raise ValueError(f"data.dequantize is true and {data.source} is of floats, which have no grey levels; wanted false")
     batches = Batches(source, config.batch, seed=config.seed, flip=data.flip, labels=data.conditional)
-    sde = configs.sde_of(config.sde, scale.seen(source.x[spread(source, 5000)]))
+    wanted = bool(config.sde.options.get("from_data"))
+    sde = configs.sde_of(config.sde, scale.seen(source.x[spread(source, 5000)]) if wanted else None)
     net = configs.net_of(config.net, source.shape, source.classes if data.conditional else 0, seed=config.seed)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[no-matching-overload]

@@ -33,7 +33,7 @@ class Log:
             try:
                 row = json.loads(line)
                 after = int(row["step"]) > step
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, OverflowError, TypeError) as error:
                 if not line.endswith(b"\n"):
                     break
                 raise ValueError(

@@ -42,7 +42,7 @@ class Scale:
     def seen(self, x: np.ndarray) -> Tensor:
         """Of stored data, without noise."""
         stored = torch.from_numpy(np.array(x, order="C"))  # a mapped file is not to be written to
-        return stored if self.cells is None else self.cells.to_model(stored)
+        return stored if self.cells is None else torch.cat([self.cells.to_model(part) for part in stored.split(256)])
 
     def rounded(self, x: Tensor) -> Tensor:
         """Of samples: to grey levels and back, as a file would."""

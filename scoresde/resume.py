@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -96,14 +95,15 @@ class Table:
 
 
 def _submit(workers: ProcessPoolExecutor, *call: Any) -> Future[Any]:
-    """`workers.submit`; a process it starts is born deaf to Ctrl-C, which is its parent's to answer."""
-    if threading.current_thread() is not threading.main_thread():
+    """`workers.submit`; a process it starts is born deaf to Ctrl-C, which is its parent's to answer: held back meanwhile, not lost."""
+    mask = getattr(signal, "pthread_sigmask", None)
+    if mask is None:  # where there are no masks
         return workers.submit(*call)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = mask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return workers.submit(*call)
     finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        mask(signal.SIG_SETMASK, before)
 
 
 def finished(
@@ -114,9 +114,13 @@ def finished(
     Close it when leaving early: no process outlives it, and none goes on with what is no longer wanted.
     """
     if processes == 1:
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in the workers: sums over threads are rounded otherwise
-        for piece in pieces:
-            yield piece, lambda piece=piece: work(*arguments(piece))
+        try:
+            for piece in pieces:
+                yield piece, lambda piece=piece: work(*arguments(piece))
+        finally:
+            torch.set_num_threads(threads)
         return
     others, left, waiting = set(multiprocessing.active_children()), iter(pieces), dict[Future[Any], Any]()
     with pool(processes) as workers:

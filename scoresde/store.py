@@ -33,7 +33,9 @@ DAMAGED = "is damaged or was swapped (an edit by hand: scoresde.store.seal vouch
 LARGEST = 1 << 24  # bytes of a manifest: what lists a few files is no longer
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")  # of a file in a manifest: no way out of the folder, nothing hidden
 STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,17})")
-LEFT = re.compile(r"\.(step-\d{8,18}|[A-Za-z0-9_][A-Za-z0-9_.+-]*\.(safetensors|json))\.\d+")  # what a killed writer leaves
+LEFT = re.compile(
+    r"\.(step-\d{8,18}|[A-Za-z0-9_][A-Za-z0-9_.+-]*\.(safetensors|json|yaml|csv|png))\.\d+"
+)  # what a killed writer leaves
 
 
 class SaveError(OSError):

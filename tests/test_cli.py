@@ -67,7 +67,7 @@ OPTIONS = {
 }  # fmt: skip
 KEYS = {
     "Data": "source part folder labels levels conditional flip held_out dequantize low high workers",
-    "Average": "decay std", "Every": "log checkpoint keep validate sample fid", "Samples": "count nfe columns fid features",
+    "Average": "decay std", "Every": "log checkpoint keep average validate sample fid", "Samples": "count nfe columns fid features",
     "Config": "data sde net parameterization weight times spread objective optimizer steps batch accumulate clip warmup decay precision "
     "compile channels_last label_dropout patience ema every samples seed device tensorboard",
 }  # fmt: skip

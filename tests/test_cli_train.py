@@ -165,7 +165,7 @@ def test_a_finished_run_is_finished_and_a_longer_one_goes_on(whole, tmp_path):
 def test_another_configuration_is_refused_and_overwrite_starts_afresh(tmp_path):
     small = ("steps=3", "every.validate=0", "every.sample=0")
     run(short(*small), tmp_path, say=lambda text: None)
-    with pytest.raises(FileExistsError, match=r"another configuration: batch was 8, is 16.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"another configuration: batch was 8, is 16\. choose.*--overwrite"):
         run(short(*small, "batch=16"), tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     run(short(*small, "batch=16"), tmp_path, overwrite=True, say=lambda text: None)
@@ -182,6 +182,154 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((50, 4), np.float32))
     with pytest.raises(FileExistsError, match="other data or another network"):
         run(chosen, tmp_path / "run")
+
+    np.save(tmp_path / "x.npy", np.ones((50, 3), np.float32))
+    with pytest.raises(FileExistsError, match="other data or another network"):
+        run(chosen, tmp_path / "run")
+
+
+QUIET = ("every.validate=0", "every.sample=0")
+
+
+def test_a_first_run_that_fails_pins_nothing(tmp_path):
+    with pytest.raises(ValueError, match="patch is 5"):
+        run(short("net={name: DiT, patch: 5}", *QUIET), tmp_path / "run")
+    run(short("steps=2", *QUIET), tmp_path / "run", say=lambda text: None)
+    with pytest.raises(ValueError, match="patch is 5"):
+        run(short("net={name: DiT, patch: 5}", *QUIET), tmp_path / "run", overwrite=True)
+    assert store.steps(tmp_path / "run/checkpoints")
+
+
+def test_overwrite_removes_runs_alone(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"no config.yaml to say which"):
+        run(short("steps=2", *QUIET), tmp_path, overwrite=True)
+    assert (tmp_path / "samples/thesis.txt").read_text() == "mine"
+
+
+def test_a_signal_during_a_report_is_answered_with_a_checkpoint(tmp_path, monkeypatch):
+    real = reports.draw
+
+    def draw(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(reports, "draw", draw)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(short("every.checkpoint=0", "every.validate=0", "every.sample=10"), tmp_path, say=lambda text: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert list(store.steps(tmp_path / "checkpoints")) == [10]
+
+
+def test_an_sde_of_lists_is_resumed(tmp_path):
+    words = ("sde={name: DiscreteVP, betas: [0.1, 0.2, 0.3, 0.5, 0.9]}", "decay=none", *QUIET)
+    for steps in (2, 4):
+        assert run(short(*words, f"steps={steps}"), tmp_path, say=lambda text: None)["step"] == steps
+
+
+def test_stored_averages_that_a_disk_refused_do_not_stop_a_resumed_run(tmp_path, monkeypatch, capsys):
+    real = checkpoint.write
+
+    def fails(folder, step, *args, **kwargs):
+        if Path(folder).name == "averages" and step == 3:
+            raise store.SaveError(28, "No space left on device")
+        if Path(folder).name == "checkpoints":
+            raise KeyboardInterrupt
+        return real(folder, step, *args, **kwargs)
+
+    words = ("steps=8", "every.average=3", "every.checkpoint=7", *QUIET)
+    monkeypatch.setattr(checkpoint, "write", fails)
+    with pytest.raises(KeyboardInterrupt):
+        run(short(*words), tmp_path, say=lambda text: None)
+    monkeypatch.setattr(checkpoint, "write", real)
+    run(short(*words), tmp_path, say=lambda text: None)
+    assert list(store.steps(tmp_path / "averages")) == [6]
+    assert capsys.readouterr().err.count("without stored averages of step 3") == 2
+
+
+def test_what_is_held_out_is_validated_with_its_labels(tmp_path):
+    run(short("steps=2", "every.validate=2", "every.sample=0", "label_dropout=0"), tmp_path, say=lambda text: None)
+    job = prepare(short())
+    model = checkpoint.load(tmp_path)
+    labels = torch.from_numpy(job.held_out.labels)
+    x0 = job.seen(job.held_out, 60)
+    _, loss = s.train.loss_by_level(model, x0, cond=labels)
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in rows] == pytest.approx(loss.tolist(), rel=1e-6)
+    _, without = s.train.loss_by_level(model, x0)
+    assert without.shape == loss.shape
+
+
+@pytest.mark.parametrize("held", [0, 100])
+def test_the_floor_is_of_other_data_than_the_reference(tmp_path, monkeypatch, held):
+    seen = []
+    real = reports.Scorer.__post_init__
+
+    def keep(self):
+        seen.append(self.reference)
+        real(self)
+
+    monkeypatch.setattr(reports.Scorer, "__post_init__", keep)
+    call = reports.Scorer.__call__
+    monkeypatch.setattr(reports.Scorer, "__call__", lambda self, x: (seen.append(x), call(self, x))[1])
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(600, 2)).astype(np.float32))
+    text = f"data: {{source: {tmp_path / 'x.npy'}, held_out: {held}}}\nsteps: 1\nbatch: 4\nevery: {{fid: 1}}\nsamples: {{fid: 100, nfe: 2}}"
+    run(config.load(text), tmp_path / "run", say=lambda text: None)
+    reference, floor = seen[:2]
+    rows = {tuple(row) for row in reference.tolist()}
+    assert len(floor) == 100
+    assert not rows & {tuple(row) for row in floor.tolist()}
+
+
+@pytest.mark.parametrize(
+    ("words", "shape", "kind", "text"),
+    [
+        (("every.fid=1",), (20, 3, 64, 64), ValueError, "no features to compare"),
+        (("every.fid=1", "data.held_out=1"), (20, 1, 8, 8), ValueError, "1 entries to compare"),
+        (("device=cuda:7",), (20, 1, 8, 8), ValueError, "device is 'cuda:7'"),
+    ],
+)
+def test_what_a_report_needs_is_asked_before_the_first_step(tmp_path, words, shape, kind, text):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    with pytest.raises(kind, match=text):
+        run(config.load(f"data: {{source: {tmp_path / 'x.npy'}}}\nsteps: 1\nbatch: 2", words), tmp_path / "run")
+
+
+def test_no_checkpoint_is_made_of_numbers_that_are_not_finite(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(s.Training, "finite", lambda self: self.step < 14)
+    with pytest.raises(s.NonFiniteError, match="no checkpoint is made of it"):
+        run(short(*QUIET), tmp_path, say=lambda text: None)
+    assert list(store.steps(tmp_path / "checkpoints")) == [7]
+
+
+STATES = {
+    "no updates": lambda state, optimizer: state.pop("updates"),
+    "another step": lambda state, optimizer: state.update(step=10**30),
+    "a truth for a step": lambda state, optimizer: state.update(step=True),
+    "no pending": lambda state, optimizer: state.pop("pending"),
+    "pending of words": lambda state, optimizer: state.update(pending=["x"]),
+    "no state": lambda state, optimizer: optimizer.update(state=None),
+    "groups of numbers": lambda state, optimizer: optimizer.update(param_groups=[5]),
+    "no rate": lambda state, optimizer: optimizer["param_groups"][0].pop("lr"),
+}
+
+
+@pytest.mark.parametrize("harm", STATES.values(), ids=STATES)
+def test_a_checkpoint_made_by_hand_is_refused_by_name(tmp_path, harm):
+    words = ("steps=2", "decay=none", *QUIET)
+    run(short(*words), tmp_path, say=lambda text: None)
+    path = tmp_path / "checkpoints/step-00000002"
+    files = {name: json.loads((path / f"{name}.json").read_text()) for name in ("state", "optimizer")}
+    harm(files["state"], files["optimizer"])
+    for name, value in files.items():
+        (path / f"{name}.json").write_text(json.dumps(value))
+    store.seal(path, step=2)
+    with pytest.raises(ValueError, match="step-00000002"):
+        run(short("steps=4", *words[1:]), tmp_path, say=lambda text: None)
 
 
 def test_two_writers_are_refused(tmp_path):
@@ -304,7 +452,7 @@ def test_stored_averages_become_one_of_another_width(tmp_path):
     assert any(not torch.equal(between[k], v) for k, v in last["ema_std0.05"].items())
     (tmp_path / "averages/step-00000060/manifest.json").unlink()
     assert average(tmp_path, 0.1, step=30).net.state_dict().keys() == between.keys()
-    with pytest.raises(ValueError, match="no stored power averages"):
+    with pytest.raises(ValueError, match="stored power averages of 0 widths"):
         average(tmp_path / "nothing", 0.1)
 
 
@@ -343,14 +491,9 @@ def test_a_folder_a_class_trains_a_conditional_network(tmp_path):
     run(config.load(text + "samples: {fid: 8, nfe: 3}"), tmp_path / "run", say=lambda text: None)
     described = checkpoint.read(tmp_path / "run/checkpoints").config
     assert described["net"]["classes"] == 2
-    assert described["data"] == {
-        "source": str(tmp_path / "data"),
-        "entries": 24,
-        "shape": [3, 8, 8],
-        "levels": 256,
-        "low": -1.0,
-        "high": 1.0,
-    }
+    known = described["data"]
+    assert len(known.pop("sha256_of_some")) == 64
+    assert known == {"source": str(tmp_path / "data"), "entries": 24, "shape": [3, 8, 8], "levels": 256, "low": -1.0, "high": 1.0}
     assert json.loads((tmp_path / "run/fid.json").read_text())["features"]["name"] == "cnn-2-classes"
 
 

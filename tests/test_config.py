@@ -197,7 +197,7 @@ CONFIGS = st.builds(
     steps=st.integers(1, 2**63 - 1), batch=st.integers(64, 2**62), accumulate=st.integers(1, 64),
     clip=floats(1e-9, 1e9) | st.just(math.inf),
     warmup=st.integers(0, 10**6), decay=st.sampled_from(["none", "linear", "cosine", "sqrt"]), compile=st.booleans(),
-    precision=st.sampled_from(["float32", "bf16", "fp16"]), patience=st.integers(0, 99), seed=st.integers(0, 2**63 - 1),
+    precision=st.sampled_from(["float32", "bf16", "fp16"]), patience=st.integers(1, 99), seed=st.integers(0, 2**63 - 1),
     ema=st.lists(st.builds(Average, decay=floats(0, 0.99999)) | st.builds(Average, std=floats(1e-3, 0.288)), max_size=3, unique=True),
     every=st.builds(Every, log=st.integers(0, 10**9), validate=st.integers(0, 9), keep=st.integers(1, 9)),
     samples=st.builds(Samples, count=st.integers(1, 999), features=st.none() | sources), device=st.sampled_from(["cpu", "cuda:1", "mps"]),

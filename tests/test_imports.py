@@ -55,7 +55,8 @@ ARROWS = {
     "orders": {"solve", "solvers", "denoiser", "noise", "grid", "checks"},
     "loss": {"denoiser", "linear", "noise", "checks"},
     "objectives": {"loss", "nets", "divergence", "denoiser", "linear", "noise", "checks"},
-    "train": {"loss", "ema", "denoiser", "noise", "checks"},
+    "training": {"loss", "ema", "denoiser", "checks"},
+    "train": {"training", "loss", "ema", "denoiser", "noise", "checks"},
     "checkpoint": {"store", "codec", "hub", "nets", "parameterizations", "sde", "linear", "denoiser", "checks"},
     "config": {
         "choices",
@@ -72,7 +73,7 @@ ARROWS = {
     },
 }
 # These may import anything below and, going up, each the ones before it.
-ORDER = ("figures", "compare", "resume", "evaluate", "generate", "reports", "job", "run", "demo", "cli")
+ORDER = ("figures", "compare", "resume", "evaluate", "generate", "reports", "job", "watch", "run", "demo", "cli")
 TOP = set(ORDER)
 OUTSIDE = {"torch", "numpy", "scipy", "torchdiffeq", "torchsde", "safetensors", "tqdm", "tyro", "yaml"}
 NARROW = {"nets": {"torch", "numpy"}, "metrics": {"torch", "numpy", "scipy"}}

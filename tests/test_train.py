@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import threading
 from itertools import islice, repeat
 
 import pytest
@@ -346,7 +347,7 @@ def test_restoring_another_training_is_refused_by_name():
         other.restore(one.tensors(), one.state(), None)
     tensors = one.tensors()
     tensors["model"].pop("enter.weight")
-    with pytest.raises(ValueError, match=r"(?s)does not fit.*enter.weight"):
+    with pytest.raises(ValueError, match=r"(?s)model of the checkpoint differs in .*enter.weight"):
         fresh().restore(tensors, one.state(), None)
 
 
@@ -379,7 +380,7 @@ def test_integer_batches_are_transformed_on_the_device():
     list(s.fit(model(), lambda step: raw, transform=transform, steps=2, seed=0))
     assert [dtype for dtype, _ in seen] == [torch.uint8] * 2
     assert seen[0][1] != seen[1][1]
-    with pytest.raises(TypeError, match=r"x0 is \[16, 2\] uint8"):
+    with pytest.raises(TypeError, match=r"batch 1 is \[16, 2\] uint8; wanted transform="):
         list(s.fit(model(), lambda step: raw, steps=2, seed=0))
 
 
@@ -549,3 +550,107 @@ def test_loss_by_level_is_the_loss_and_does_not_depend_on_the_batch():
     worse = s.train.loss_by_level(model().eval(), x0, 5, weight=loss.simple)
     assert (worse[1][1:] > exact[1][1:]).all()  # at the first level there is nothing to know but the noise
     assert not torch.equal(exact[1], s.train.loss_by_level(law, x0, 5, weight=loss.simple, seed=1)[1])
+
+
+# --- what would go wrong in silence --------------------------------------------------------------------------------------
+def test_an_objective_returns_a_loss_a_row():
+    with pytest.raises(ValueError, match=r"objective returned \[\] float32; wanted a loss a row, \[16\]"):
+        next(s.fit(model(), repeat(X), objective=lambda *a: s.dsm_loss(*a).mean(), seed=0))
+    with pytest.raises(ValueError, match="objective returned float"):
+        next(s.fit(model(), repeat(X), objective=lambda *a: 1.0, seed=0))
+
+
+def test_a_skipped_step_leaves_no_trace_in_buffers():
+    class Sick(Buffered):
+        def forward(self, x, c_noise):
+            out = super().forward(x, c_noise)
+            if int(self.count) == 2:
+                self.mean = self.mean * math.nan
+            return out * self.mean.sum().nan_to_num(math.nan)
+
+    net = s.Preconditioned(Sick(), VP())
+    ema = EMA(net)
+    before = []
+    for step in s.fit(net, repeat(X, 2), ema=ema, seed=0):
+        before.append((step.skipped, net.net.mean.clone(), int(net.net.count)))
+    assert [skipped for skipped, _, _ in before] == [False, True]
+    assert torch.equal(before[0][1], before[1][1])
+    assert before[1][2] == 1
+    assert ema.module.net.mean.isfinite().all()
+
+
+def test_a_bad_update_is_found_at_the_next_step():
+    net = model()
+    rates = iter([1.0, 1.0])
+    adam = torch.optim.SGD(net.parameters(), lr=3e38)
+    with pytest.raises(NonFiniteError, match="an earlier update has made the parameters so"):
+        list(
+            s.fit(
+                net,
+                repeat(1e3 * X, 20),
+                weight=loss.simple,
+                optimizer=adam,
+                clip=math.inf,
+                patience=20,
+                rate=lambda n: next(rates, 1.0),
+                seed=0,
+            )
+        )
+    assert not s.Training(net).finite()
+    with pytest.raises(ValueError, match=r"rate\(1\) is nan"):
+        next(s.fit(model(), repeat(X), rate=lambda n: math.nan, seed=0))
+
+
+def test_an_optimizer_or_an_average_of_another_module_is_refused():
+    with pytest.raises(ValueError, match="moves no parameter of the denoiser"):
+        s.Training(model(), torch.optim.Adam(model(seed=1).parameters()))
+    frozen = model().requires_grad_(False)
+    with pytest.raises(ValueError, match="has no parameters to train"):
+        s.Training(frozen)
+    with pytest.raises(TypeError, match=r"ema is 0.999; wanted EMA"):
+        s.Training(model(), ema=0.999)
+    with pytest.raises(ValueError, match=r"\['ema_0.999'\] are averages of another module"):
+        s.Training(model(), ema=EMA(model(classes=2)))
+    with pytest.raises(TypeError, match="labels of batch 1 are list"):
+        next(s.fit(model(classes=2), [(X, [0] * 16)], label_dropout=0.5, seed=0))
+
+
+def test_restoring_changes_nothing_when_it_fails():
+    one, other = fresh(), fresh(torch.optim.SGD)
+    list(s.fit(one, images_of, steps=2, seed=0))
+    kept = weights(other.denoiser)
+    with pytest.raises(ValueError, match="its optimizer is AdamW, this one SGD"):
+        other.restore(one.tensors(), one.state(), one.optimizer.state_dict())
+    assert equal(weights(other.denoiser), kept)
+    moments = copy.deepcopy(one.optimizer.state_dict())
+    moments["state"][0]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is \[3\] float32"):
+        fresh().restore(one.tensors(), one.state(), moments)
+    half = {name: {k: v.half() if v.is_floating_point() else v for k, v in part.items()} for name, part in one.tensors().items()}
+    with pytest.raises(ValueError, match="model of the checkpoint differs in"):
+        fresh().restore(half, one.state(), None)
+
+
+def test_threads_train_as_one_does():
+    nets = [s.Preconditioned(s.UNet((1, 8, 8), channels=8, dropout=0.5, classes=3), VP()) for _ in range(4)]
+    found = {}
+
+    def work(i):
+        list(s.fit(nets[i], images_of, steps=3, seed=7))
+        found[i] = weights(nets[i])
+
+    work(3)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(equal(found[3], values) for values in found.values())
+
+
+def test_batches_that_end_early_say_so():
+    with pytest.warns(UserWarning, match="ended after step 3 of 9"):
+        assert len(list(s.fit(model(), repeat(X, 3), steps=9, seed=0))) == 3
+    with pytest.raises(ValueError, match="batch 1 has no labels"):
+        next(s.fit(model(classes=2), repeat(X), label_dropout=0.1, seed=0))
