@@ -22,8 +22,7 @@ class FromDiffusers(nn.Module):
 
     Args:
         unet: the module.
-        unlabelled: the class that stands for no label, given for cond None and for the rows of cond that are -1; None when the
-            network has none.
+        unlabelled: the class that stands for no label, for cond None and for its rows that are -1; None if there is none.
 
     Raises:
         TypeError, ValueError: an argument is not what is said above.

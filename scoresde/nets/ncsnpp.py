@@ -43,8 +43,7 @@ class NCSNpp(Net):
         dropout: probability within the blocks while training; the only part that draws from the global generator.
         fir: resample by the filter (1, 3, 3, 1) instead of means over 2 x 2 pixels and repeated pixels.
         pyramid: add the image to every level, halved and convolved step by step ("residual" progressive input).
-        scale: 0 for channels log-spaced features of c_noise; otherwise 2 channels features of frequencies of this standard deviation
-            (16 in NCSN++: fine in time, and thereby rough for high-order solvers).
+        scale: 0: log-spaced features of c_noise; else the deviation of 2 channels frequencies, 16 in NCSN++: rough in time.
         classes: number of labels, 0 for an unconditional net.
         seed: the weights are a function of it; None draws fresh ones. No global generator is touched.
 
