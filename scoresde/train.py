@@ -66,14 +66,18 @@ def fit(
         training = denoiser
     else:
         raise ValueError("a Training has its optimizer, averages, objective and precision: give them to Training(...)")
-    drawn: Times = check_callable(times or stratified(log_normal), "times", "a function (sde, u) -> times of u in (0, 1)")
+    drawn: Times = check_callable(
+        stratified(log_normal) if times is None else times, "times", "a function (sde, u) -> times of u in (0, 1)"
+    )
     if clip != math.inf:
         check_number(clip, "clip", 0.0, open_low=True)
     check_count(accumulate, "accumulate")
     check_count(patience, "patience")
     check_number(label_dropout, "label_dropout", 0.0, 1.0)
-    if generator is not None and (seed is not None or not isinstance(generator, torch.Generator)):
-        raise TypeError(f"generator is {shape_of(generator)}, seed is {seed}; wanted a torch.Generator or a seed, not both")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is {shape_of(generator)}; wanted a torch.Generator: torch.Generator().manual_seed(0)")
+    if generator is not None and seed is not None:
+        raise TypeError(f"generator and seed={seed} are given; wanted a torch.Generator or a seed, not both")
     if seed is None:  # of a generator, for dropout layers alone
         seed = entropy_seeds(1)[0] if generator is None else generator.initial_seed()
     check_count(seed, "seed", 0)
@@ -189,7 +193,7 @@ def _seeded(key: int, device: torch.device) -> Iterator[None]:
 def _numbered(batches: Any, done: int, last: int | None) -> Iterator[tuple[int, Any]]:
     """(step, batch) from step done + 1 on."""
     if isinstance(batches, Tensor):
-        raise TypeError(f"batches is a tensor {shape_of(batches)}; wanted data.Batches of it, or an iterable: [x0], a DataLoader")
+        raise TypeError(f"batches is a tensor {shape_of(batches)}; wanted an iterable of them: [x0], a DataLoader or data.Batches")
     if callable(batches):
         return ((n, batches(n)) for n in (count(done + 1) if last is None else range(done + 1, last + 1)))
     if not isinstance(batches, Iterable):

@@ -43,7 +43,8 @@ class Training:
                 f"optimizer is {optimizer!r}; wanted a torch.optim.Optimizer of denoiser.parameters(), as torch.optim.Adam makes"
             )
         moved = {id(p) for p in self.parameters if p.requires_grad}
-        if not moved & {id(p) for p in denoiser.parameters()}:
+        known = {id(p) for p in denoiser.parameters()}  # none of a callable that hides its network
+        if known and not moved & known:
             raise ValueError(
                 "the optimizer moves no parameter of the denoiser; wanted Adam(denoiser.parameters()), with gradients required"
             )

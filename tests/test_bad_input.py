@@ -220,7 +220,7 @@ CASES = [
     ("inf in encode", lambda: encode(X + INF, steps=2), V, r"x has NaN or infinite entries in rows \[0, 1, 2, 3\]; wanted finite"),
     ("NaN in log_prob", lambda: s.log_prob(MIX, X * NAN, steps=2), V, r"x has NaN or infinite entries in rows \[0.*; wanted finite"),
     ("NaN in sample", lambda: heun(nfe=9, x=torch.where(T == T, X, X).index_fill(0, torch.tensor([2]), NAN)), V, r"NaN .* in rows \[2\]; wanted"),
-    ("integer data in fit", lambda: fit(X.long()), F, r"x0 is \[4, 2\] int64; the state is float32 or float64: x0.float\(\)"),
+    ("integer data in fit", lambda: fit(X.long()), F, r"batch 1 is \[4, 2\] int64; wanted transform=, which makes integers x0"),
     # --- what a network returns
     ("another shape", lambda: returning(Z(4, 3)), V, r"fn returned \[4, 3\] float32 for x \[4, 2\]; wanted the shape of x"),
     ("None", lambda: returning(None), V, r"fn returned NoneType for x \[4, 2\]; wanted the shape of x"),

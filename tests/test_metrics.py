@@ -12,7 +12,17 @@ import torch
 from torch import nn
 
 import scoresde.metrics
-from scoresde.metrics import Features, ModuleFeatures, Statistics, fid, frechet_distance, gaussian_wasserstein, sliced_wasserstein
+from scoresde.metrics import (
+    Features,
+    ModuleFeatures,
+    Statistics,
+    classifier,
+    fid,
+    frechet_distance,
+    gaussian_wasserstein,
+    sliced_wasserstein,
+    train_classifier,
+)
 from scoresde.metrics.wasserstein import _directions
 
 
@@ -309,3 +319,31 @@ FLAT = ModuleFeatures("pixels", nn.Flatten())
 def test_a_bad_input_says_what_came_and_what_was_wanted(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+# ---- the classifier whose last hidden layer serves as features -----------------------------------------------------------
+
+
+def test_a_classifier_learns_and_is_a_function_of_its_seeds():
+    labels = torch.arange(90) % 3
+    x = normal(90, 1, 8, 8, dtype=torch.float32) + labels[:, None, None, None]
+    nets = [classifier((1, 8, 8), 3, features=16, seed=seed) for seed in (1, 1, 2)]
+    before = torch.get_rng_state()
+    for net in nets:
+        train_classifier(net, x, labels, epochs=8, batch=16, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert float((nets[0](x).argmax(1) == labels).double().mean()) > 0.9
+    assert nets[0][:-1](x).shape == (90, 16)
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+    assert not torch.equal(nets[0][0].weight, nets[2][0].weight)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 28, 20), (3, 33, 65)])
+def test_a_classifier_takes_any_image_of_four_pixels_a_side(shape):
+    assert classifier(shape, 5)(normal(2, *shape, dtype=torch.float32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((1, 3, 8), 3), ((8, 8), 3), ((1, 8, 8), 1)])
+def test_what_a_classifier_refuses(shape, classes):
+    with pytest.raises(ValueError, match="wanted"):
+        classifier(shape, classes)

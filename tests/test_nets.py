@@ -704,6 +704,9 @@ def test_a_fresh_dit_block_is_the_identity():
 def unet2d(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)  # not needed, and its import fails beside a torch of another build
     pytest.importorskip("diffusers")
+    from diffusers.utils import import_utils
+
+    monkeypatch.setattr(import_utils, "_torchvision_available", False)  # another test may have imported diffusers with it in sight
     from diffusers import UNet2DModel
 
     def make(**changes):
