@@ -33,6 +33,10 @@ IMAGES = seeded(range(3)).initial((3, 1, 4, 4), D)
 
 
 # --- against the truth ---------------------------------------------------------------------------------------------------
+# Two SDEs on every push, the other four in the slow suite: each takes some seconds.
+MOST_SLOW = [name if name in ("VP", "VE") else pytest.param(name, marks=pytest.mark.slow) for name in SIX]
+
+
 @pytest.mark.parametrize("name", SIX)
 def test_log_p_is_exact_to_a_millionth_of_a_nat(name, record_property):
     """dopri5 at 1e-9 with the exact p_T as prior, float64: the greatest of 16 errors against the closed form."""
@@ -46,7 +50,7 @@ def test_log_p_is_exact_to_a_millionth_of_a_nat(name, record_property):
     assert found.stderr.tolist() == [0.0] * 16
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MOST_SLOW)
 def test_the_default_prior_is_off_by_its_stated_mismatch(name):
     """log p by the flow - exact log p = log prior(z) - log p_T(z) at the latent z: nothing else is wrong."""
     law, x, truth = problem(name, 8)
@@ -480,7 +484,7 @@ def in_64_dimensions(sde):
     return Mixture(sde, means, covariance=factor @ factor.mT + 0.05 * torch.eye(64, dtype=D))
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MOST_SLOW)
 def test_64_dimensions_to_1e_7_nats_a_dimension(name, record_property):
     law = in_64_dimensions(SDES[name])
     first, last = ends(law.sde)
@@ -523,7 +527,7 @@ def test_large_events_have_random_probes_unless_told():
 
 
 # --- the density of samples ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MOST_SLOW)
 def test_samples_come_with_their_density(name):
     law, *_ = problem(name, 1)
     first, last = ends(law.sde)
