@@ -15,10 +15,10 @@ demo-full: .venv/ok       ## the same with every row, into runs/demo-full
 	$(BIN)/scoresde demo --full --out runs/demo-full $(ARGS)
 
 test: .venv/ok            ## the tests, two processes of one thread
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 test-slow: .venv/ok       ## the tests too long for every push
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 lint: .venv/ok            ## ruff and the type checker
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyrefly check

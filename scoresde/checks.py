@@ -89,6 +89,13 @@ def check_count(value: Any, name: str, low: int = 1) -> int:
     return value
 
 
+def check_even(value: Any, name: str) -> int:
+    """Return `value` when it is an even number of features, at least 2; raise otherwise."""
+    if check_count(value, name, 2) % 2:
+        raise ValueError(f"{name} is {value}; wanted an even number, a sine and a cosine each: {name}={value + 1}")
+    return value
+
+
 def check_callable(value: Any, name: str, wanted: str) -> Any:
     """Return `value` when it can be called; raise a TypeError that says what it should compute otherwise."""
     if not callable(value):

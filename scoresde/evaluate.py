@@ -76,13 +76,15 @@ class Settings:
     @property
     def cells(self) -> Quantized:
         """Of the images."""
-        return Quantized(**{key: getattr(self, key) for key in ENDS if getattr(self, key) is not None})
+        return self._cells({})
 
     def fitted(self, data: Mapping[str, Any]) -> Settings:
         """With the levels and the range of a model trained on such data, where they are left open."""
-        given = {key: getattr(self, key) for key in ENDS if getattr(self, key) is not None}
-        cells = Quantized(**{key: data[key] for key in ENDS if key in data} | given)
+        cells = self._cells({key: data[key] for key in ENDS if key in data})
         return replace(self, **{key: getattr(cells, key) for key in ENDS})
+
+    def _cells(self, known: Mapping[str, Any]) -> Quantized:
+        return Quantized(**{**known, **{key: getattr(self, key) for key in ENDS if getattr(self, key) is not None}})
 
     @property
     def solver(self) -> Solver | None:
@@ -207,7 +209,8 @@ def _words(found: Mapping[str, Any], out: Path) -> str:
     )
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """A line on stderr, for what does not end a run."""
     print(f"scoresde: {text}", file=sys.stderr)
 
 
@@ -231,15 +234,15 @@ def run(
     size = min(settings.batch, source.count)
     settings = replace(settings, batch=size).fitted(config.get("data", {}))
     if getattr(model.net, "config", {}).get("classes"):
-        _warn("the network was given labels in training, and the density is that without: it may have seldom seen that case")
+        warn("the network was given labels in training, and the density is that without: it may have seldom seen that case")
     pinned = _pinned(config, source, settings, model, shape)
     last = lambda i: min((i // size + 1) * size, source.count)  # past the batch that image i is in
     levels = settings.cells.levels
     largest = source.check(first // size * size, last(stop - 1), levels)
     if largest < levels // 8:
-        _warn(f"no pixel is above {largest} with --levels {levels}: is that their number of levels?")
+        warn(f"no pixel is above {largest} with --levels {levels}: is that their number of levels?")
     if (settings.importance or 1) > 1 and divergence_of(settings.divergence, shape).random:
-        _warn(f"{pinned['dequantization']} with {pinned['divergence']}: the noise of probes makes it optimistic; exact has none")
+        warn(f"{pinned['dequantization']} with {pinned['divergence']}: the noise of probes makes it optimistic; exact has none")
     with resume.locked(out):
         if overwrite:
             for name in FILES:
@@ -284,12 +287,12 @@ def run(
         try:
             figures.likelihood(out / "histogram.png", [{**panel, "stderr": math.nan if len(bits) == 1 else found["stderr"]}])
         except ModuleNotFoundError:
-            _warn("no histogram.png without matplotlib: pip install 'scoresde[plots]'")
+            warn("no histogram.png without matplotlib: pip install 'scoresde[plots]'")
         except Exception as error:  # a figure is not worth the numbers
-            _warn(f"no histogram.png: {type(error).__name__}: {error}")
+            warn(f"no histogram.png: {type(error).__name__}: {error}")
         resume.write_json(out / "summary.json", found)  # last: where it is, all is
     if negative := sum(b < 0 for b in bits):
-        _warn(f"{negative} of {len(bits)} images have negative bits/dim, which no discrete image can but by the luck of a draw: too coarse "
+        warn(f"{negative} of {len(bits)} images have negative bits/dim, which no discrete image can but by the luck of a draw: too coarse "
               "a solve (try --tolerance 1e-6), or --levels, --low or --high are not those of the training")  # fmt: skip
     say(_words(found, out))
     return found

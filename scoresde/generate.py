@@ -29,7 +29,7 @@ from . import figures, images, resume, solvers
 from .bits import Quantized
 from .checks import NonFiniteError, check_count
 from .denoiser import Preconditioned
-from .evaluate import _model, _warn, check_device, opened, outcome
+from .evaluate import _model, check_device, opened, outcome, warn
 from .linear import LinearSDE
 from .sample import default_solver, sample
 from .seeds import Seeds, parse_seeds
@@ -240,9 +240,9 @@ def _grid(out: Path, settings: Settings, shape: Sequence[int], seeds: Sequence[i
         sheet = figures.sheet((255 * x / (levels - 1)).round().astype(np.uint8))
         write_file(out / "grid.png", figures.png(sheet))
     except ModuleNotFoundError:
-        _warn("no grid.png without Pillow: pip install 'scoresde[plots]'")
+        warn("no grid.png without Pillow: pip install 'scoresde[plots]'")
     except Exception as error:  # a picture is not worth the samples
-        _warn(f"no grid.png: {type(error).__name__}: {error}")
+        warn(f"no grid.png: {type(error).__name__}: {error}")
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def run(
     if settings.weights is not None:
         sha256 = hashlib.sha256((folder / f"{settings.weights}.safetensors").read_bytes()).hexdigest()
     if classes and settings.labels is None:
-        _warn(f"the model has {classes} classes and the samples have no label; labels are given by --labels cycle, or one for all")
+        warn(f"the model has {classes} classes and the samples have no label; labels are given by --labels cycle, or one for all")
     seeds = settings.seeds
     with resume.locked(out):
         _begin(out, overwrite)

@@ -74,7 +74,7 @@ class Job:
             "source": self.config.data.source,
             "entries": len(source),
             "shape": list(source.shape),
-            "sha256_of_some": self.print,
+            "sha256_of_some": self.fingerprint,
         }
         if cells is not None:
             data |= {"levels": cells.levels, "low": cells.low, "high": cells.high}
@@ -82,7 +82,7 @@ class Job:
         return json.loads(json.dumps(found))  # as it is read back: lists for tuples
 
     @cached_property
-    def print(self) -> str:
+    def fingerprint(self) -> str:
         """SHA-256 of 256 entries, evenly spaced: other data of the same name and shape are other data."""
         rows = spread(self.source, 256)
         labels = b"" if self.source.labels is None else self.source.labels[rows].tobytes()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_callable, check_count, check_number, check_state, shape_of
+from .checks import check_callable, check_count, check_even, check_number, check_state, shape_of
 from .denoiser import Denoiser, check_denoiser
 from .divergence import Divergence, Jacobian, Mode, exact, rademacher
 from .linear import cast
@@ -48,8 +48,7 @@ class Uncertainty(nn.Module):
 
     def __init__(self, channels: int = 128, objective: Objective = dsm_loss) -> None:
         super().__init__()
-        if check_count(channels, "channels", 2) % 2:
-            raise ValueError(f"channels is {channels}; wanted an even number, a sine and a cosine each: channels={channels + 1}")
+        check_even(channels, "channels")
         self.objective = check_callable(objective, "objective", _OBJECTIVE)
         self.linear = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.zeros(()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,12 +140,17 @@ class Scorer:
         return {"samples": self.count, "features": features, "reference": len(self.reference), "floor": floor, **facts}
 
 
-def show(path: Path, x: Tensor, data: Tensor, scale: Scale, columns: int) -> None:
-    """Images as a sheet; vectors as a scatter of their first two numbers over the data's."""
-    if x.ndim == 4 and x.shape[1] in (1, 3):
+def is_picture(shape: Sequence[int]) -> bool:
+    """Whether samples of this shape are grey or RGB images."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def show(path: Path, x: Tensor, data: Callable[[], Tensor], scale: Scale, columns: int) -> None:
+    """Images as a sheet; vectors as a scatter of their first two numbers over the data's, which are read for that alone."""
+    if is_picture(x.shape[1:]):
         store.write_file(path, figures.png(figures.sheet(scale.bytes(x), columns)))
     else:
-        figures.scatter(path, x.flatten(1), data.flatten(1))
+        figures.scatter(path, x.flatten(1), data().flatten(1))
 
 
 def figures_of(folder: Path, rows: Sequence[Mapping[str, Any]], levels: Sequence[Mapping[str, Any]]) -> None:

@@ -26,7 +26,7 @@ from .config import Config
 from .data import prefetched
 from .denoiser import Preconditioned
 from .ema import PowerEMA, posthoc
-from .evaluate import _warn as warn
+from .evaluate import warn
 from .job import Job, prepare
 from .logs import Log, require_tensorboard
 from .resume import write_json

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import config as configs
 from . import reports
 from .choices import build
 from .data import split
 from .denoiser import Preconditioned
-from .evaluate import _warn as warn
+from .evaluate import warn
 from .job import Job, spread
 from .logs import Log
 from .reports import Scorer
@@ -34,7 +36,7 @@ class Watch:
         self.classes = job.source.classes if job.config.data.conditional else 0
         every = job.config.every
         if every.sample:
-            module = "PIL" if len(self.shape) == 3 and self.shape[0] in (1, 3) else "matplotlib"
+            module = "PIL" if reports.is_picture(self.shape) else "matplotlib"
             if importlib.util.find_spec(module) is None:
                 raise ModuleNotFoundError("every.sample draws pictures: pip install 'scoresde[plots]', or set it to 0")
         if every.fid:
@@ -76,11 +78,16 @@ class Watch:
                 finally:
                     average.train(mode)
 
+    @cached_property
+    def _held_out(self) -> tuple[Tensor, Tensor | None]:
+        """What is validated on and its labels, read once."""
+        source: Any = self.job.held_out
+        x0 = self.job.seen(source, 10_000).to(self.job.training.device)
+        return x0, torch.from_numpy(source.labels[spread(source, 10_000)]).to(x0.device) if self.classes else None
+
     def validate(self, step: int, model: Preconditioned) -> None:
         """The loss of what is held out, by noise level and its mean."""
-        held_out: Any = self.job.held_out
-        x0 = self.job.seen(held_out, 10_000).to(self.job.training.device)
-        cond = torch.from_numpy(held_out.labels[spread(held_out, 10_000)]).to(x0.device) if self.classes else None
+        x0, cond = self._held_out
         weight = build(self.job.config.weight, configs.WEIGHTS, "weight")
         logsnr, loss = loss_by_level(model, x0, cond=cond, weight=weight, seed=self.job.config.seed)
         for a, b in zip(logsnr.tolist(), loss.tolist(), strict=True):
@@ -92,8 +99,8 @@ class Watch:
         chosen = self.job.config.samples
         (self.folder / "samples").mkdir(exist_ok=True)
         x = reports.draw(model, self.shape, chosen.count, chosen.nfe, self.classes)
-        reports.show(self.folder / "samples" / f"step-{step:08d}.png", x, self.job.seen(self.job.source, 1000), self.job.scale,
-                     chosen.columns)  # fmt: skip
+        data = lambda: self.job.seen(self.job.source, 1000)
+        reports.show(self.folder / "samples" / f"step-{step:08d}.png", x, data, self.job.scale, chosen.columns)
 
     def fid(self, step: int, model: Preconditioned) -> None:
         """Frechet distance of samples to the held-out data, or to the training's where nothing is held out."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, softmax
 
-from scoresde.checks import check_count
+from scoresde.checks import check_count, check_even
 from scoresde.nets.blocks import check_image, unit, zeroed
 from scoresde.nets.embed import Conditioning, Net, seeded
 
@@ -69,8 +69,7 @@ class DiT(Net):
         if rows % patch or columns % patch:
             fits = [p for p in range(1, min(rows, columns) + 1) if rows % p == columns % p == 0]
             raise ValueError(f"patch is {patch} for images of {rows} x {columns}; wanted a divisor of both sides, one of {fits}")
-        if check_count(emb, "emb", 2) % 2:
-            raise ValueError(f"emb is {emb}; wanted an even number, a sine and a cosine each: emb={emb + 1}")
+        check_even(emb, "emb")
         self.config: dict[str, Any] = {
             "shape": list(self.shape),
             "width": width,

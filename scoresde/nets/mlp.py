@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from scoresde.checks import check_count
+from scoresde.checks import check_count, check_even
 from scoresde.nets.embed import Conditioning, Net, check_shape, seeded
 
 __all__ = ["MLP"]
@@ -48,8 +48,7 @@ class MLP(Net):
         self.shape = check_shape(shape)
         check_count(width, "width")
         check_count(depth, "depth")
-        if check_count(emb, "emb", 2) % 2:
-            raise ValueError(f"emb is {emb}; wanted an even number, a sine and a cosine each: emb={emb + 1}")
+        check_even(emb, "emb")
         self.config: dict[str, Any] = {
             "shape": list(self.shape),
             "width": width,

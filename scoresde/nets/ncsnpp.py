@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 import scoresde.nets.fir as filters
-from scoresde.checks import check_count, check_number
+from scoresde.checks import check_count, check_even, check_number
 from scoresde.nets.blocks import HALF, SILU_SQUARE, Attention, check_image, check_levels, crop, double, halve, unit, zeroed
 from scoresde.nets.embed import Conditioning, Net, fourier, gaussian, seeded
 
@@ -71,8 +71,7 @@ class NCSNpp(Net):
         self.shape = check_image(shape)
         widths = check_levels(channels, multipliers, attention)
         levels = range(len(widths))
-        if channels % 2:
-            raise ValueError(f"channels is {channels}; wanted an even number, a sine and a cosine each: channels={channels + 1}")
+        check_even(channels, "channels")
         self.per_level = check_count(blocks, "blocks")
         check_number(dropout, "dropout", 0, 1)
         check_number(scale, "scale", 0)
