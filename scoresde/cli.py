@@ -214,7 +214,7 @@ def _add_likelihood(commands: Any) -> None:
 
 
 def _likelihood(chosen: argparse.Namespace) -> None:
-    from .evaluate import Settings, run
+    from .densities import Settings, run
 
     values = vars(chosen)
     try:
@@ -236,7 +236,7 @@ def _at_least(low: int) -> Callable[[str], int]:
 
 
 def _divergence(text: str) -> Any:
-    from .evaluate import parse_divergence
+    from .densities import parse_divergence
 
     try:
         return parse_divergence(text)

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from . import figures, images, resume, solvers
 from .bits import Quantized
 from .checks import NonFiniteError, check_count
+from .command import check_device, loaded, opened, outcome, warn
 from .denoiser import Preconditioned
-from .evaluate import _model, check_device, opened, outcome, warn
 from .linear import LinearSDE
 from .sample import default_solver, sample
 from .seeds import Seeds, parse_seeds
@@ -190,7 +190,7 @@ def draw(
 
     The network sees the whole block, each seed in its place, whatever is wanted of it: the bits of a sample may depend on both.
     """
-    model = _model(folder, config, settings.device, settings.weights)
+    model = loaded(folder, config, settings.device, settings.weights)
     shape, classes = _event(model)
     solver, times = settings.plan(model.sde, shape)
     seeds = range(block, min(block + settings.batch, 2**64))

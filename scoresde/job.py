@@ -19,10 +19,10 @@ from . import checkpoint
 from . import config as configs
 from .bits import Quantized
 from .choices import build
+from .command import check_device
 from .config import Config
 from .data import Batches, Source, load, split
 from .denoiser import Preconditioned
-from .evaluate import check_device
 from .reports import Scale
 from .train import Step, Training, fit
 

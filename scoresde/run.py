@@ -22,11 +22,11 @@ from tqdm import tqdm
 from . import checkpoint, reports
 from . import config as configs
 from .checks import NonFiniteError, check_number
+from .command import warn
 from .config import Config
 from .data import prefetched
 from .denoiser import Preconditioned
 from .ema import PowerEMA, posthoc
-from .evaluate import warn
 from .job import Job, prepare
 from .logs import Log, require_tensorboard
 from .resume import write_json

@@ -14,9 +14,9 @@ from torch import Tensor
 from . import config as configs
 from . import reports
 from .choices import build
+from .command import warn
 from .data import split
 from .denoiser import Preconditioned
-from .evaluate import warn
 from .job import Job, spread
 from .logs import Log
 from .reports import Scorer

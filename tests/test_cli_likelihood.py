@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import scoresde as s
-from scoresde import checkpoint, cli, evaluate, images, resume
+from scoresde import checkpoint, cli, densities, images, resume
 
 COUNT, STEPS, LEVELS = 11, 4, 17
 BASE = ["--levels", str(LEVELS), "--steps", str(STEPS), "--batch", "4"]
@@ -169,8 +169,8 @@ def test_a_killed_run_goes_on_where_it_was(keep, there, tmp_path, monkeypatch):
     assert command(there, tmp_path) == 0
     data = torn(tmp_path, keep)
     kept = max(0, data[:keep].count(b"\n") - 1)
-    batches, real = [], evaluate.score
-    monkeypatch.setattr(evaluate, "score", lambda *a: batches.append(a[-1]) or real(*a))
+    batches, real = [], densities.score
+    monkeypatch.setattr(densities, "score", lambda *a: batches.append(a[-1]) or real(*a))
     assert command(there, tmp_path) == 0
     assert table(tmp_path) == table(there / "whole")
     assert summary(tmp_path) == summary(there / "whole")
@@ -228,7 +228,7 @@ def test_processes_and_an_interrupt_change_no_bit(tmp_path):
 
 
 def test_interrupted_in_one_process(there, tmp_path, monkeypatch, capsys):
-    real = evaluate.score
+    real = densities.score
 
     def interrupt(*arguments):
         if arguments[-1] == 8:
@@ -236,7 +236,7 @@ def test_interrupted_in_one_process(there, tmp_path, monkeypatch, capsys):
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "score", interrupt)
+        patch.setattr(densities, "score", interrupt)
         assert command(there, tmp_path) == 130
     assert "interrupted" in capsys.readouterr().err
     assert len(rows(tmp_path)) == 8
@@ -247,14 +247,14 @@ def test_interrupted_in_one_process(there, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("error", [s.NonFiniteError("the state is not finite"), KeyError("k"), BrokenProcessPool("died")], ids=repr)
 def test_an_error_in_a_batch_keeps_the_others(error, there, tmp_path, monkeypatch, capsys):
-    real = evaluate.score
+    real = densities.score
 
     def fails(*arguments):
         if arguments[-1] == 4:
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(evaluate, "score", fails)
+    monkeypatch.setattr(densities, "score", fails)
     assert command(there, tmp_path) == 1
     err = capsys.readouterr().err
     assert ("fewer --processes" if isinstance(error, BrokenProcessPool) else f"images 4 .. 7: {type(error).__name__}: ") in err
@@ -322,7 +322,7 @@ def test_two_runs_at_once_are_refused(there, tmp_path, capsys):
 def test_a_checkpoint_written_anew_meanwhile_is_not_taken_for_the_old(there):
     text = (there / "model" / "config.json").read_text()
     with pytest.raises(ValueError, match="written anew"):
-        evaluate._model(there / "model", text.replace("VP", "VE"), "cpu")
+        densities.loaded(there / "model", text.replace("VP", "VE"), "cpu")
 
 
 # --- images --------------------------------------------------------------------------------------------------------------
@@ -474,15 +474,15 @@ def test_wrong_usage(more, there, tmp_path, capsys):
 def test_settings_speak_for_themselves():
     for name, value in {"dequantization": "x", "dtype": "x", "samples": 0, "tolerance": -1.0}.items():
         with pytest.raises(ValueError, match="wanted"):
-            evaluate.Settings(**{name: value})
+            densities.Settings(**{name: value})
     with pytest.raises(ValueError, match="several of nfe, steps and tolerance"):
-        evaluate.Settings(nfe=4, tolerance=1e-3)
-    assert evaluate.parse_divergence("hutchpp:3:1") == s.divergence.hutchpp(3, 1)
+        densities.Settings(nfe=4, tolerance=1e-3)
+    assert densities.parse_divergence("hutchpp:3:1") == s.divergence.hutchpp(3, 1)
 
 
 def test_what_is_odd_is_said_once(there, tmp_path, capsys, monkeypatch):
     np.save(there / "dark.npy", np.minimum(np.load(there / "x.npy"), 2))
-    monkeypatch.setattr(evaluate.figures, "likelihood", lambda *_: (_ for _ in ()).throw(ModuleNotFoundError("matplotlib")))
+    monkeypatch.setattr(densities.figures, "likelihood", lambda *_: (_ for _ in ()).throw(ModuleNotFoundError("matplotlib")))
     more = ["--steps", "2", "--importance", "2", "--divergence", "rademacher", "--levels", "256"]  # two steps are too few
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,6 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A module (or package) and the modules it may import; itself is understood. What is not here is no module of the library.
 ARROWS = {
     "checks": set(),
+    "parallel": {"checks"},
     "images": set(),
     "packages": set(),
     "strict": set(),
@@ -73,7 +74,21 @@ ARROWS = {
     },
 }
 # These may import anything below and, going up, each the ones before it.
-ORDER = ("figures", "compare", "resume", "evaluate", "generate", "reports", "job", "watch", "run", "demo", "cli")
+ORDER = (
+    "parallel",
+    "figures",
+    "command",
+    "compare",
+    "resume",
+    "densities",
+    "generate",
+    "reports",
+    "job",
+    "watch",
+    "run",
+    "demo",
+    "cli",
+)
 TOP = set(ORDER)
 OUTSIDE = {"torch", "numpy", "scipy", "torchdiffeq", "torchsde", "safetensors", "tqdm", "tyro", "yaml"}
 NARROW = {"nets": {"torch", "numpy"}, "metrics": {"torch", "numpy", "scipy"}}

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import platform
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import BrokenExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +18,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, figures, images, resume
 from . import divergence as divergences
+from . import figures, images, resume
 from .bits import Dequantization, Importance, Quantized, TruncatedNormal, Uniform, bits_per_dim
 from .checks import check_count
+from .command import check_device, loaded, opened, outcome, warn
 from .denoiser import Preconditioned
 from .divergence import Divergence
 from .likelihood import divergence_of, likelihood_plan
@@ -98,16 +96,6 @@ class Settings:
         return one if self.importance is None else Importance(self.importance, one)
 
 
-def check_device(device: str) -> str:
-    """Return the name of a device that can be computed on here; ValueError for any other."""
-    try:
-        torch.empty(1, device=device).add_(1)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        what = str(error).splitlines()[0]
-        raise ValueError(f"device is {device!r}, which cannot be used here ({what}); wanted cpu, cuda, ...") from error
-    return device
-
-
 def parse_divergence(text: str) -> Divergence:
     """The one of `scoresde.divergence` that a name and whole numbers after colons mean: rademacher:4 is rademacher(4)."""
     name, *numbers = text.split(":")
@@ -122,22 +110,6 @@ def parse_divergence(text: str) -> Divergence:
 
 
 # --- a batch -------------------------------------------------------------------------------------------------------------
-@functools.lru_cache(maxsize=1)
-def _model(folder: Path, config: str, device: str, weights: str | None = None) -> Preconditioned:
-    """The checkpoint, loaded once a process; config: the text of its config.json when the run began; weights: which, if it has several."""
-    model = checkpoint.load(folder, weights=weights).to(device)
-    if (folder / "config.json").read_text() != config:
-        raise ValueError(f"{folder} has been written anew since the run began; copy a checkpoint whose training goes on")
-    return model
-
-
-def opened(folder: Path, device: str, weights: str | None = None) -> tuple[Path, str, Preconditioned]:
-    """The checkpoint in a folder, of a training run its newest step: where it is, the text of its config.json, the model."""
-    folder = checkpoint.find(folder.resolve())
-    text = (folder / "config.json").read_text() if (folder / "config.json").is_file() else ""
-    return folder, text, _model(folder, text, device, weights)
-
-
 def score(folder: Path, config: str, settings: Settings, levels: np.ndarray, first: int) -> list[list[Any]]:
     """The columns from bits_per_dim on, for images first, first + 1, ..."""
     seeds = [(settings.seed << 32) + first + i for i in range(len(levels))]
@@ -145,7 +117,7 @@ def score(folder: Path, config: str, settings: Settings, levels: np.ndarray, fir
         for message in ONCE:  # `run` says it of all images, once
             warnings.filterwarnings("ignore", message)
         found = bits_per_dim(
-            _model(folder, config, settings.device), torch.from_numpy(levels).to(settings.device), settings.solver,
+            loaded(folder, config, settings.device), torch.from_numpy(levels).to(settings.device), settings.solver,
             levels=settings.cells.levels, low=settings.cells.low, high=settings.cells.high, nfe=settings.nfe, steps=settings.steps,
             seeds=seeds,
             dequantization=settings.draws, samples=settings.samples, divergence=settings.divergence, microbatch=settings.batch,
@@ -154,17 +126,6 @@ def score(folder: Path, config: str, settings: Settings, levels: np.ndarray, fir
     stderr = found.each_stderr.tolist() if settings.samples > 1 else [""] * len(levels)
     costs = [found.nfe, *(float(found.ledger.get(name, 0.0)) for name in COSTS)]
     return [[*row, *costs] for row in zip(found.each.tolist(), found.log_prob.tolist(), stderr, strict=True)]
-
-
-def outcome(result: Callable[[], Any], piece: str) -> Any:
-    """What the work on a piece gave (`resume.finished`); RuntimeError that names the piece, or says that a process was killed."""
-    try:
-        return result()
-    except BrokenExecutor as error:
-        mend = "run again with fewer --processes or a smaller --batch; what is done is kept"
-        raise RuntimeError(f"a worker process was killed, for want of memory perhaps: {mend}") from error
-    except Exception as error:
-        raise RuntimeError(f"{piece}: {type(error).__name__}: {error}") from error
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------------
@@ -207,11 +168,6 @@ def _words(found: Mapping[str, Any], out: Path) -> str:
         f"{found['solver']}, {found['divergence']}, {found['dequantization']}; NFE {found['nfe']} an image and "
         f"{found['ledger']['divergence']:.0f} passes for the divergence; in {out}/"
     )
-
-
-def warn(text: str) -> None:
-    """A line on stderr, for what does not end a run."""
-    print(f"scoresde: {text}", file=sys.stderr)
 
 
 def run(

@@ -1,0 +1,59 @@
+"""What every command does: warn, open a saved model, name what failed."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint
+from .denoiser import Preconditioned
+
+__all__ = ["check_device", "loaded", "opened", "outcome", "warn"]
+
+
+def warn(text: str) -> None:
+    """A line on stderr, for what does not end a run."""
+    print(f"scoresde: {text}", file=sys.stderr)
+
+
+def check_device(device: str) -> str:
+    """Return the name of a device that can be computed on here; ValueError for any other."""
+    try:
+        torch.empty(1, device=device).add_(1)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        what = str(error).splitlines()[0]
+        raise ValueError(f"device is {device!r}, which cannot be used here ({what}); wanted cpu, cuda, ...") from error
+    return device
+
+
+@functools.lru_cache(maxsize=1)
+def loaded(folder: Path, config: str, device: str, weights: str | None = None) -> Preconditioned:
+    """The checkpoint, loaded once a process; config: the text of its config.json when the run began; weights: which, if it has several."""
+    model = checkpoint.load(folder, weights=weights).to(device)
+    if (folder / "config.json").read_text() != config:
+        raise ValueError(f"{folder} has been written anew since the run began; copy a checkpoint whose training goes on")
+    return model
+
+
+def opened(folder: Path, device: str, weights: str | None = None) -> tuple[Path, str, Preconditioned]:
+    """The checkpoint in a folder, of a training run its newest step: where it is, the text of its config.json, the model."""
+    folder = checkpoint.find(folder.resolve())
+    text = (folder / "config.json").read_text() if (folder / "config.json").is_file() else ""
+    return folder, text, loaded(folder, text, device, weights)
+
+
+def outcome(result: Callable[[], Any], piece: str) -> Any:
+    """What the work on a piece gave (`resume.finished`); RuntimeError that names the piece, or says that a process was killed."""
+    try:
+        return result()
+    except BrokenExecutor as error:
+        mend = "run again with fewer --processes or a smaller --batch; what is done is kept"
+        raise RuntimeError(f"a worker process was killed, for want of memory perhaps: {mend}") from error
+    except Exception as error:
+        raise RuntimeError(f"{piece}: {type(error).__name__}: {error}") from error
