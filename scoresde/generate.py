@@ -14,7 +14,7 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import figures, images, resume, solvers
+from . import figures, resume, solvers
 from .bits import Quantized
 from .checks import NonFiniteError, check_count
 from .command import check_device, loaded, opened, outcome, warn
 from .denoiser import Preconditioned
 from .linear import LinearSDE
 from .sample import default_solver, sample
+from .samples import FILE, Layout, files, folders
 from .seeds import Seeds, parse_seeds
 from .solve import plan
 from .solvers import Solver
@@ -47,9 +48,7 @@ FIRST = Seeds((range(SHOWN),))
 COSTS = ("score", "denoise", "rejected", "network")  # of the ledger; a row has the means over its batch
 COLUMNS = ("seed", "file", "label", "nfe", "status", *COSTS)
 MEND = "choose another --out, or pass --overwrite to start afresh"
-FILE = re.compile(r"[0-9]{8,20}\.png|samples-[0-9]{8,20}-[0-9]{8,20}\.npz")
 TORN = re.compile(rf"\.({FILE.pattern})\.[0-9]+")  # what a kill leaves of one
-FOLDER = re.compile(r"[0-9]{8,20}")
 
 
 def _is_plain(value: Any) -> bool:
@@ -168,12 +167,14 @@ class Settings:
             return -1
         return seed % classes if isinstance(self.labels, str) else self.labels
 
+    @property
+    def layout(self) -> Layout:
+        """Which file a seed is in."""
+        return Layout(self.format, self.subdirs, self.batch)
+
     def file(self, seed: int) -> str:
         """The file that a seed is in, a function of nothing else."""
-        if self.format == "npz":
-            first, last = seed // self.batch * self.batch, min((seed // self.batch + 1) * self.batch, 2**64) - 1
-            return f"samples-{first:08d}-{last:08d}.npz"
-        return f"samples/{seed - seed % 1000:08d}/{seed:08d}.png" if self.subdirs else f"samples/{seed:08d}.png"
+        return self.layout.file(seed)
 
 
 # --- a batch -------------------------------------------------------------------------------------------------------------
@@ -219,24 +220,11 @@ def draw(
     return [[s, name(s), labels[s - block], nfe[s - block], status[s - block], *costs] for s in wanted]
 
 
-def _read(out: Path, settings: Settings, shape: Sequence[int], seeds: Sequence[int]) -> list[np.ndarray]:
-    """The samples of these seeds, from their files."""
-    if settings.format == "png":
-        return [images.picture(out / settings.file(s), tuple(shape)) for s in seeds]
-    found: list[np.ndarray] = []
-    for name, part in itertools.groupby(seeds, settings.file):
-        with np.load(out / name, allow_pickle=False) as shard:
-            at = {int(s): i for i, s in enumerate(shard["seeds"])}
-            x = shard["x"]
-            found += [x[at[s]] for s in part]
-    return found
-
-
 def _grid(out: Path, settings: Settings, shape: Sequence[int], seeds: Sequence[int]) -> None:
     """The picture of these samples side by side; a warning where it cannot be made."""
     levels = settings.levels or 2
     try:
-        x = np.stack(_read(out, settings, shape, seeds)).astype(np.float64)
+        x = np.stack(settings.layout.read(out, shape, seeds)).astype(np.float64)
         sheet = figures.sheet((255 * x / (levels - 1)).round().astype(np.uint8))
         write_file(out / "grid.png", figures.png(sheet))
     except ModuleNotFoundError:
@@ -259,31 +247,18 @@ def _pinned(config: Mapping[str, Any], sha256: str, settings: Settings, solver: 
     }  # fmt: skip
 
 
-def _folders(out: Path) -> Iterator[Path]:
-    """Where samples are: the folders of thousands, that of all PNG files, which the grid would be one of, and `out`."""
-    inner = out / "samples"
-    if inner.is_dir():
-        yield from (path for path in inner.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir())
-        yield inner
-    yield out
-
-
-def _files(out: Path, pattern: re.Pattern[str]) -> Iterator[Path]:
-    return (path for folder in _folders(out) for path in folder.iterdir() if pattern.fullmatch(path.name) and path.is_file())
-
-
 def _begin(out: Path, overwrite: bool) -> None:
     """Drop what earlier runs left where that is asked for, and else what a kill left torn; FileExistsError where no run was."""
     ours = (out / "settings.json").exists()
-    if not ours and ((out / "samples.csv").exists() or any(_files(out, FILE))):
+    if not ours and ((out / "samples.csv").exists() or any(files(out))):
         raise FileExistsError(f"{out} holds samples and no settings.json to say of what; choose another --out")
-    torn, files = list(_files(out, TORN)), list(_files(out, FILE)) if overwrite else []
+    torn = [p for folder in folders(out) for p in folder.iterdir() if TORN.fullmatch(p.name) and p.is_file()]
     for name in ("summary.json", "grid.png") if overwrite else ():
         (out / name).unlink(missing_ok=True)
-    for path in [*torn, *files]:
+    for path in [*torn, *(list(files(out)) if overwrite else [])]:
         path.unlink()
     if overwrite:
-        for folder in list(_folders(out))[:-1]:
+        for folder in list(folders(out))[:-1]:
             with suppress(OSError):  # it holds something else
                 folder.rmdir()
         for name in ("samples.csv", "settings.json"):  # last: as long as files are there, it says whose they are
@@ -381,6 +356,7 @@ def run(
         found = {
             **_summary(table.rows[s] for s in seeds), "seeds": str(seeds), "shape": list(shape), **pinned,
             "t_min": float(model.sde.t_min), "checkpoint": str(folder), "weights": settings.weights,
+            "sha256": hashlib.sha256((out / "samples.csv").read_bytes()).hexdigest(),
             "versions": {**pinned["versions"], "numpy": np.__version__, "python": platform.python_version()},
             "run": {
                 "seconds": round(time.perf_counter() - started, 1), "computed": missing, "processes": processes,

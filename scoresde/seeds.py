@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 __all__ = ["Seeds", "parse_seeds"]
@@ -16,13 +17,48 @@ class Seeds:
 
     ranges: tuple[range, ...]
 
+    @classmethod
+    def of(cls, parts: Iterable[tuple[int, int]]) -> Seeds:
+        """Those of the intervals [start, stop), in any order."""
+        merged: list[list[int]] = []
+        for start, stop in sorted(parts):
+            if merged and start <= merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], stop)
+            elif start < stop:
+                merged.append([start, stop])
+        return cls(tuple(range(*ends) for ends in merged))
+
     @property
     def count(self) -> int:
         """How many they are; `len` would stop at 2^63."""
         return sum(part.stop - part.start for part in self.ranges)
 
+    def within(self, start: int, stop: int) -> Seeds:
+        """Those in [start, stop)."""
+        first = bisect.bisect_right(self.ranges, start, key=lambda part: part.stop)
+        last = bisect.bisect_left(self.ranges, stop, key=lambda part: part.start)
+        return Seeds(tuple(range(max(part.start, start), min(part.stop, stop)) for part in self.ranges[first:last]))
+
+    def without(self, others: Seeds) -> Seeds:
+        """Those that are not among the others."""
+        left = []
+        for part in self.ranges:
+            start = part.start
+            for other in others.within(part.start, part.stop).ranges:
+                left.append((start, other.start))
+                start = other.stop
+            left.append((start, part.stop))
+        return Seeds.of(left)
+
+    def at(self, first: int, stop: int) -> Iterator[int]:
+        """The seeds number first .. stop - 1, counted from 0 in rising order."""
+        for part in self.ranges:
+            size = part.stop - part.start
+            yield from range(part.start + min(max(first, 0), size), part.start + min(max(stop, 0), size))
+            first, stop = first - size, stop - size
+
     def __contains__(self, seed: int) -> bool:
-        return any(seed in part for part in self.ranges)
+        return bool(self.within(seed, seed + 1).ranges)
 
     def __iter__(self) -> Iterator[int]:
         return itertools.chain.from_iterable(self.ranges)
@@ -42,10 +78,4 @@ def parse_seeds(text: str) -> Seeds:
         if not first <= last < 2**64:
             raise ValueError(f"seeds are {text!r}; wanted ranges that rise and end below 2^64, not {word.strip()}")
         parts.append((first, last + 1))
-    merged: list[list[int]] = []
-    for start, stop in sorted(parts):
-        if merged and start <= merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], stop)
-        else:
-            merged.append([start, stop])
-    return Seeds(tuple(range(*ends) for ends in merged))
+    return Seeds.of(parts)

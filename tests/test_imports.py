@@ -80,6 +80,8 @@ ORDER = (
     "command",
     "compare",
     "resume",
+    "pages",
+    "samples",
     "densities",
     "generate",
     "reports",
