@@ -5,27 +5,29 @@ from __future__ import annotations
 import json
 import math
 import platform
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from . import divergence as divergences
 from . import figures, images, resume
 from .bits import Dequantization, Importance, Quantized, TruncatedNormal, Uniform, bits_per_dim
 from .checks import check_count
-from .command import check_device, loaded, opened, outcome, warn
+from .command import check_device, loaded, opened, warn
 from .denoiser import Preconditioned
 from .divergence import Divergence
+from .filling import ALONE, Begun, Filling, begin, together
 from .likelihood import divergence_of, likelihood_plan
+from .pages import PATIENCE, Facts, Pages
+from .parallel import Group
+from .seeds import Seeds
 from .solvers import Dopri5, Solver
 
 __all__ = ["Settings", "parse_divergence", "run"]
@@ -33,7 +35,7 @@ __all__ = ["Settings", "parse_divergence", "run"]
 DEQUANTIZATIONS: dict[str, Callable[[], Dequantization]] = {"uniform": Uniform, "truncated-normal": TruncatedNormal}
 COSTS = ("score", "rejected", "network", "divergence", "repeated")  # of the ledger; a row has the means over its batch
 COLUMNS = ("index", "file", "bits_per_dim", "log_prob", "stderr", "nfe", *COSTS)
-FILES = ("summary.json", "histogram.png", "likelihood.csv", "settings.json")  # in the order in which they go
+FILES = ("summary.json", "histogram.png")
 ENDS = ("levels", "low", "high")  # of the cells of the images
 MEND = "choose another --out, or pass --overwrite to start afresh"
 ONCE = (".*images have negative bits/dim", "no pixel is above", ".*the noise of probes makes it optimistic")
@@ -148,15 +150,23 @@ def _pinned(
     }  # fmt: skip
 
 
-def _summary(rows: list[list[str]], samples: int) -> dict[str, Any]:
+def _pages(out: Path, settings: Settings, asked: range) -> Pages:
+    """The table of the images asked for, whose rows are all good."""
+    sums = ("bits_per_dim", "log_prob", *COSTS)
+
+    def facts(rows: list[list[str]]) -> Facts:
+        return Facts.of(COLUMNS, rows, sums, ("bits_per_dim", "stderr"), {"negative": sum(float(row[2]) < 0 for row in rows)})
+
+    return Pages(out, "likelihood", COLUMNS, ("file",), MEND, Seeds((asked,)), settings.batch, lambda row: True, facts)
+
+
+def _summary(facts: Facts, samples: int) -> dict[str, Any]:
     """stderr: over images; stderr_noise: over the draws for these images; log_prob, nfe and ledger: an image's."""
-    column = lambda name: [float(row[COLUMNS.index(name)]) for row in rows]
-    n, bits = len(rows), column("bits_per_dim")
-    mean = lambda name: math.fsum(column(name)) / n
+    n = facts.n
     return {
-        "bits_per_dim": mean("bits_per_dim"), "stderr": statistics.stdev(bits) / n**0.5 if n > 1 else None,
-        "stderr_noise": math.hypot(*column("stderr")) / n if samples > 1 else None, "n": n, "log_prob": mean("log_prob"),
-        "nfe": int(max(column("nfe"))), "ledger": {name: mean(name) for name in COSTS},
+        "bits_per_dim": facts.mean("bits_per_dim"), "stderr": facts.stdev("bits_per_dim") / n**0.5 if n > 1 else None,
+        "stderr_noise": facts.sum("stderr^2") ** 0.5 / n if samples > 1 else None, "n": n, "log_prob": facts.mean("log_prob"),
+        "nfe": facts.nfe, "ledger": {name: facts.mean(name) for name in COSTS},
     }  # fmt: skip
 
 
@@ -172,83 +182,111 @@ def _words(found: Mapping[str, Any], out: Path) -> str:
 
 def run(
     folder: Path, data: Path, out: Path, settings: Settings | None = None, *, first: int = 0, count: int | None = None,
-    processes: int = 1, overwrite: bool = False, say: Callable[[str], object] = print,
+    processes: int = 1, overwrite: bool = False, say: Callable[[str], object] = print, group: Group = ALONE,
 ) -> dict[str, Any]:  # fmt: skip
     """Bits/dim of images first .. first + count - 1 of `data` under the checkpoint in `folder`, into `out`; return its summary.
 
     Rows that `out` has are kept. The others come in whole batches b batch .. (b + 1) batch - 1 of the data: an image has the same mates
-    and place, hence the same bits, whatever is asked for and in however many processes. The summary is of the images asked for.
+    and place, hence the same bits, whatever is asked for and in however many processes. The summary is of the images asked for. Each
+    process of `group` calls it alike and works on batches of its own, in so many `processes`.
     """
     started, settings = time.perf_counter(), settings or Settings()
-    folder, text, model = opened(folder, settings.device)
-    config = json.loads(text)
-    shape = torch.Size(model.net.shape)  # type: ignore[bad-argument-type]
-    source = images.load(data, shape)
-    stop = source.count if count is None else first + check_count(count, "count")
-    if not 0 <= check_count(first, "first", 0) < stop <= source.count:
-        raise ValueError(f"images {first} .. {stop - 1} are asked for; {data} has 0 .. {source.count - 1}")
-    size = min(settings.batch, source.count)
-    settings = replace(settings, batch=size).fitted(config.get("data", {}))
+    with together(group):
+        device = group.place(settings.device)
+        folder, text, model = opened(folder, device)
+        config = json.loads(text)
+        shape = torch.Size(model.net.shape)  # type: ignore[bad-argument-type]
+        source = images.load(data, shape)
+        stop = source.count if count is None else first + check_count(count, "count")
+        if not 0 <= check_count(first, "first", 0) < stop <= source.count:
+            raise ValueError(f"images {first} .. {stop - 1} are asked for; {data} has 0 .. {source.count - 1}")
+        size = min(settings.batch, source.count)
+        settings = replace(settings, batch=size).fitted(config.get("data", {}))
+        pinned = _pinned(config, source, settings, model, shape)
+        check_count(processes, "processes")
+        last = lambda i: min((i // size + 1) * size, source.count)  # past the batch that image i is in
+        start, levels = first // size * size, settings.cells.levels
+        part = group.share(last(stop - 1) - start)
+        mine = source.check(start + part.start, start + part.stop, levels)
+    group.agree("the model", config["sha256"])
+    group.agree("the data", source.sha256)
+    group.agree("the settings", repr((settings, first, stop)))
+    group.check_shared(out)
+    largest = max(found for (found,) in group.numbers(mine))
+    odd: list[str] = []
     if getattr(model.net, "config", {}).get("classes"):
-        warn("the network was given labels in training, and the density is that without: it may have seldom seen that case")
-    pinned = _pinned(config, source, settings, model, shape)
-    last = lambda i: min((i // size + 1) * size, source.count)  # past the batch that image i is in
-    levels = settings.cells.levels
-    largest = source.check(first // size * size, last(stop - 1), levels)
+        odd.append("the network was given labels in training, and the density is that without: it may have seldom seen that case")
     if largest < levels // 8:
-        warn(f"no pixel is above {largest} with --levels {levels}: is that their number of levels?")
+        odd.append(f"no pixel is above {largest} with --levels {levels}: is that their number of levels?")
     if (settings.importance or 1) > 1 and divergence_of(settings.divergence, shape).random:
-        warn(f"{pinned['dequantization']} with {pinned['divergence']}: the noise of probes makes it optimistic; exact has none")
-    with resume.locked(out):
-        if overwrite:
-            for name in FILES:
-                (out / name).unlink(missing_ok=True)
-        if (out / "likelihood.csv").exists() and not (out / "settings.json").exists():
-            raise FileExistsError(f"{out} holds a likelihood.csv and no settings.json to say of what; {MEND}")
-        resume.pin(out, pinned, MEND)
-        table = resume.Table(out / "likelihood.csv", COLUMNS, MEND, texts=("file",))
-        missing = {i for i in range(first, stop) if i not in table.rows}
-        part = {"first": first, "count": stop - first}
-        if not missing and (out / "summary.json").exists():
-            with suppress(ValueError, KeyError, TypeError, AttributeError):  # one that was tampered with is made again
-                found = json.loads((out / "summary.json").read_text())
-                if part == {name: found.get(name) for name in part}:
-                    say(f"all {stop - first} images are there: nothing to compute\n{_words(found, out)}")
-                    return found
-        for name in FILES[:2]:  # they are of other rows
-            (out / name).unlink(missing_ok=True)
-        batches = sorted({i // size * size for i in missing})
-        processes = max(1, min(check_count(processes, "processes"), len(batches)))
-        arguments = lambda b: (folder, text, settings, source.read(b, last(b)), b)
-        bar = tqdm(total=stop - first, initial=stop - first - len(missing), desc="likelihood", unit="image", disable=not missing)
-        with bar, closing(resume.finished(processes, score, batches, arguments)) as results:
-            for b, result in results:
-                rows = outcome(result, f"images {b} .. {last(b) - 1}")
-                new = [[i, source.names[i], *row] for i, row in enumerate(rows, b) if i in missing]
-                table.append(new)
-                bar.update(len(new))
-        table.sort()
-        asked = [table.rows[i] for i in range(first, stop)]
-        found = {
-            **_summary(asked, settings.samples), **part, "log_det": shape.numel() * settings.cells.log_det, **pinned,
+        odd.append(
+            f"{pinned['dequantization']} with {pinned['divergence']}: the noise of probes makes it optimistic; exact has none"
+        )
+    for words in odd if group.first else ():
+        warn(words)
+    pages, asked = _pages(out, settings, range(first, stop)), {"first": first, "count": stop - first}
+    with ExitStack() as stack:
+
+        def at_first() -> Begun:
+            stack.enter_context(resume.locked(out))
+            _begin(out, pages, overwrite)
+            resume.pin(out, pinned, MEND)
+            return begin(pages, lambda row: True, asked, "histogram.png")
+
+        begun = group.by_first(at_first)
+        if begun.found is not None:
+            if group.first:
+                say(f"all {stop - first} images are there: nothing to compute\n{_words(begun.found, out)}")
+            return begun.found
+        settings = replace(settings, device=device)
+        filling = Filling(pages, begun, lambda row: True, group)
+        arguments = lambda piece: (folder, text, settings, source.read(piece.first, last(piece.first)), piece.first)
+        rows = lambda piece, found: [[i, source.names[i], *found[i - piece.first]] for i in piece.wanted]
+        computed = filling.fill(processes, score, arguments, rows, "likelihood", "image", source.count)
+        more = {
+            **asked, "log_det": shape.numel() * settings.cells.log_det, **pinned,
             "t_min": float(model.sde.t_min), "checkpoint": str(folder), "data": str(data.resolve()),
             "versions": {**pinned["versions"], "numpy": np.__version__, "python": platform.python_version()},
             "run": {
-                "seconds": round(time.perf_counter() - started, 1), "computed": len(missing), "processes": processes,
+                "seconds": round(time.perf_counter() - started, 1), "computed": computed, "processes": processes, "world": group.world,
                 "device": f"{settings.device} ({platform.machine()}, {platform.system()})",
             },
         }  # fmt: skip
-        bits = [float(row[2]) for row in asked]
-        panel = {"problem": data.name, "images": config["sde"]["name"], "bits_per_dim": found["bits_per_dim"], "each": bits}
-        try:
-            figures.likelihood(out / "histogram.png", [{**panel, "stderr": math.nan if len(bits) == 1 else found["stderr"]}])
-        except ModuleNotFoundError:
-            warn("no histogram.png without matplotlib: pip install 'scoresde[plots]'")
-        except Exception as error:  # a figure is not worth the numbers
-            warn(f"no histogram.png: {type(error).__name__}: {error}")
-        resume.write_json(out / "summary.json", found)  # last: where it is, all is
-    if negative := sum(b < 0 for b in bits):
-        warn(f"{negative} of {len(bits)} images have negative bits/dim, which no discrete image can but by the luck of a draw: too coarse "
+        panel = {"problem": data.name, "images": config["sde"]["name"]}
+        found = group.by_first(lambda: _end(pages, settings, panel, more, group))
+    if group.first:
+        say(_words(found, out))
+    return found
+
+
+def _begin(out: Path, pages: Pages, overwrite: bool) -> None:
+    """Drop what earlier runs left where that is asked for; FileExistsError where a table is of no run."""
+    if overwrite:
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+        pages.drop()
+        (out / "settings.json").unlink(missing_ok=True)
+    elif not (out / "settings.json").exists() and (tables := pages.files()):
+        raise FileExistsError(f"{out} holds a {min(tables).name} and no settings.json to say of what; {MEND}")
+
+
+def _end(pages: Pages, settings: Settings, panel: Mapping[str, Any], more: Mapping[str, Any], group: Group) -> dict[str, Any]:
+    """The histogram, of the first page, and, last, the summary."""
+    facts, sha256 = pages.sums(PATIENCE if group.world > 1 else 1)
+    found = {**_summary(facts, settings.samples), **more, "sha256": sha256}
+    page = pages.numbers.ranges[0].start
+    rows = pages.rows(pages.path(page), page)
+    bits = [float(rows[i][2]) for i in pages.part(page)]
+    shown = {**panel, "bits_per_dim": found["bits_per_dim"], "each": bits, "stderr": math.nan if facts.n == 1 else found["stderr"]}
+    try:
+        figures.likelihood(pages.folder / "histogram.png", [shown])
+    except ModuleNotFoundError:
+        warn("no histogram.png without matplotlib: pip install 'scoresde[plots]'")
+    except Exception as error:  # a figure is not worth the numbers
+        warn(f"no histogram.png: {type(error).__name__}: {error}")
+    resume.write_json(pages.folder / "summary.json", found, pages.folder / resume.WRITING)  # last: where it is, all is
+    pages.close()
+    if negative := round(facts.sum("negative")):
+        warn(f"{negative} of {facts.n} images have negative bits/dim, which no discrete image can but by the luck of a draw: too coarse "
               "a solve (try --tolerance 1e-6), or --levels, --low or --high are not those of the training")  # fmt: skip
-    say(_words(found, out))
     return found

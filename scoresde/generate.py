@@ -12,10 +12,9 @@ import itertools
 import json
 import math
 import platform
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import figures, resume, solvers
 from .bits import Quantized
 from .checks import NonFiniteError, check_count
-from .command import check_device, loaded, opened, outcome, warn
+from .command import check_device, loaded, opened, warn
 from .denoiser import Preconditioned
+from .filling import ALONE, Begun, Filling, begin, together
 from .linear import LinearSDE
+from .pages import PATIENCE, Facts, Pages
+from .parallel import Group
+from .resume import WRITING
 from .sample import default_solver, sample
-from .samples import FILE, Layout, files, folders
+from .samples import Layout, digest, files, folders
 from .seeds import Seeds, parse_seeds
 from .solve import plan
 from .solvers import Solver
@@ -46,9 +48,8 @@ MANY = 10_000  # files a folder holds before each thousand gets one of its own
 SHOWN = 64  # samples in the grid
 FIRST = Seeds((range(SHOWN),))
 COSTS = ("score", "denoise", "rejected", "network")  # of the ledger; a row has the means over its batch
-COLUMNS = ("seed", "file", "label", "nfe", "status", *COSTS)
+COLUMNS = ("seed", "file", "label", "nfe", "status", *COSTS, "digest")
 MEND = "choose another --out, or pass --overwrite to start afresh"
-TORN = re.compile(rf"\.({FILE.pattern})\.[0-9]+")  # what a kill leaves of one
 
 
 def _is_plain(value: Any) -> bool:
@@ -210,14 +211,15 @@ def draw(
         for s in done:
             path = out / settings.file(s)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, figures.png(x[s - block]))
+            write_file(path, figures.png(x[s - block]), out / WRITING)
     elif done:
         kept, buffer = sorted({*done, *there}), io.BytesIO()  # the file is written anew with those it had: the same bits
         rows = [s - block for s in kept]
         np.savez(buffer, x=x[rows], seeds=np.array(kept, np.uint64), labels=np.array(labels)[rows])
-        write_file(out / settings.file(block), buffer.getvalue())
-    name = lambda s: "" if status[s - block] else settings.file(s)
-    return [[s, name(s), labels[s - block], nfe[s - block], status[s - block], *costs] for s in wanted]
+        write_file(out / settings.file(block), buffer.getvalue(), out / WRITING)
+    ends = lambda s: ("", "") if status[s - block] else (settings.file(s), digest(x[s - block]))
+    each = ((s, s - block, *ends(s)) for s in wanted)
+    return [[s, name, labels[i], nfe[i], status[i], *costs, written] for s, i, name, written in each]
 
 
 def _grid(out: Path, settings: Settings, shape: Sequence[int], seeds: Sequence[int]) -> None:
@@ -226,7 +228,7 @@ def _grid(out: Path, settings: Settings, shape: Sequence[int], seeds: Sequence[i
     try:
         x = np.stack(settings.layout.read(out, shape, seeds)).astype(np.float64)
         sheet = figures.sheet((255 * x / (levels - 1)).round().astype(np.uint8))
-        write_file(out / "grid.png", figures.png(sheet))
+        write_file(out / "grid.png", figures.png(sheet), out / WRITING)
     except ModuleNotFoundError:
         warn("no grid.png without Pillow: pip install 'scoresde[plots]'")
     except Exception as error:  # a picture is not worth the samples
@@ -247,22 +249,28 @@ def _pinned(config: Mapping[str, Any], sha256: str, settings: Settings, solver: 
     }  # fmt: skip
 
 
-def _begin(out: Path, overwrite: bool) -> None:
-    """Drop what earlier runs left where that is asked for, and else what a kill left torn; FileExistsError where no run was."""
-    ours = (out / "settings.json").exists()
-    if not ours and ((out / "samples.csv").exists() or any(files(out))):
+def _pages(out: Path, settings: Settings) -> Pages:
+    """The table of the seeds; a good row is of a sample that is in the file it names."""
+    good = lambda row: row[4] == "0" and row[1] == settings.file(int(row[0]))
+    facts = lambda rows: Facts.of(COLUMNS, rows, ("nfe", *COSTS))
+    return Pages(out, "samples", COLUMNS, ("file", "digest"), MEND, settings.seeds, settings.batch, good, facts)
+
+
+def _begin(out: Path, settings: Settings, overwrite: bool) -> None:
+    """Drop what earlier runs left where that is asked for; FileExistsError where samples are of no run."""
+    pages = _pages(out, settings)
+    if not (out / "settings.json").exists() and (pages.files() or any(files(out))):
         raise FileExistsError(f"{out} holds samples and no settings.json to say of what; choose another --out")
-    torn = [p for folder in folders(out) for p in folder.iterdir() if TORN.fullmatch(p.name) and p.is_file()]
-    for name in ("summary.json", "grid.png") if overwrite else ():
-        (out / name).unlink(missing_ok=True)
-    for path in [*torn, *(list(files(out)) if overwrite else [])]:
-        path.unlink()
     if overwrite:
+        for name in ("summary.json", "grid.png"):
+            (out / name).unlink(missing_ok=True)
+        for path in list(files(out)):
+            path.unlink()
         for folder in list(folders(out))[:-1]:
             with suppress(OSError):  # it holds something else
                 folder.rmdir()
-        for name in ("samples.csv", "settings.json"):  # last: as long as files are there, it says whose they are
-            (out / name).unlink(missing_ok=True)
+        pages.drop()
+        (out / "settings.json").unlink(missing_ok=True)  # last: as long as files are there, it says whose they are
 
 
 def _subdirs(out: Path, settings: Settings) -> bool:
@@ -274,97 +282,101 @@ def _subdirs(out: Path, settings: Settings) -> bool:
     return settings.seeds.count > MANY
 
 
-def _summary(rows: Iterable[list[str]]) -> dict[str, Any]:
+def _summary(facts: Facts) -> dict[str, Any]:
     """n, and of a sample: nfe (the largest), nfe_mean and the ledger."""
-    columns = list(zip(*(row[3:4] + row[5:] for row in rows), strict=True))
-    nfe, *costs = [[float(cell) for cell in column] for column in columns]
-    mean = lambda values: math.fsum(values) / len(values)
-    return {"n": len(nfe), "nfe": int(max(nfe)), "nfe_mean": mean(nfe), "ledger": dict(zip(COSTS, map(mean, costs), strict=True))}
+    ledger = {name: facts.mean(name) for name in COSTS}
+    return {"n": facts.n, "nfe": facts.nfe, "nfe_mean": facts.mean("nfe"), "ledger": ledger}
 
 
 def _words(found: Mapping[str, Any], out: Path) -> str:
     return f"{found['n']} samples of {found['shape']}: {found['solver']}, NFE {found['nfe']} a sample; in {out}/"
 
 
-def _few(seeds: Iterable[int]) -> str:
-    first = list(itertools.islice(seeds, 9))
-    return ", ".join(map(str, first[:8])) + (", ..." if len(first) > 8 else "")
+def _few(words: Iterable[str]) -> str:
+    first = list(itertools.islice(words, 9))
+    return ", ".join(first[:8]) + (", ..." if len(first) > 8 else "")
 
 
 def run(
     folder: Path, out: Path, settings: Settings | None = None, *, processes: int = 1, overwrite: bool = False,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = print, group: Group = ALONE,
 ) -> dict[str, Any]:  # fmt: skip
     """Samples of the checkpoint in `folder`, one a seed, into `out`; return the summary of those asked for.
 
     Samples that `out` has are kept. The others come in whole batches of the seeds b batch .. (b + 1) batch - 1, of which those asked for
     are written: a seed has the same mates and place, hence the same bits, whatever is asked for and in however many processes. A row of
-    samples.csv says that a sample is on the disk, summary.json that all are; grid.png shows the first 64, their levels stretched.
+    samples.csv (beyond 50,000: of a page of it) says that a sample is on the disk, summary.json that all are; grid.png shows the first
+    64, their levels stretched. Each process of `group` calls it alike and works on batches of its own, in so many `processes`.
     Raises: FileExistsError for a folder with other settings, NonFiniteError that names the seeds whose samples are not finite, after all
     others are done, RuntimeError for a batch that failed, with what is done kept.
     """
     started, settings = time.perf_counter(), settings or Settings()
-    folder, text, model = opened(folder, settings.device, settings.weights)
-    config = json.loads(text)
-    shape, classes = _event(model)
-    settings = settings.fitted(config.get("data", {}), shape, classes)
-    solver, times = settings.plan(model.sde, shape)
-    check_count(processes, "processes")
-    sha256 = config["sha256"]  # of the usual weights
-    if settings.weights is not None:
-        sha256 = hashlib.sha256((folder / f"{settings.weights}.safetensors").read_bytes()).hexdigest()
-    if classes and settings.labels is None:
+    with together(group):
+        device = group.place(settings.device)
+        folder, text, model = opened(folder, device, settings.weights)
+        config = json.loads(text)
+        shape, classes = _event(model)
+        settings = settings.fitted(config.get("data", {}), shape, classes)
+        solver, times = settings.plan(model.sde, shape)
+        check_count(processes, "processes")
+        sha256 = config["sha256"]  # of the usual weights
+        if settings.weights is not None:
+            sha256 = hashlib.sha256((folder / f"{settings.weights}.safetensors").read_bytes()).hexdigest()
+    group.agree("the model", sha256)
+    group.agree("the settings", repr(settings))
+    group.check_shared(out)
+    if classes and settings.labels is None and group.first:
         warn(f"the model has {classes} classes and the samples have no label; labels are given by --labels cycle, or one for all")
-    seeds = settings.seeds
-    with resume.locked(out):
-        _begin(out, overwrite)
-        settings = replace(settings, subdirs=_subdirs(out, settings))
-        pinned = _pinned(config, sha256, settings, solver, times)
-        resume.pin(out, pinned, MEND)
-        table = resume.Table(out / "samples.csv", COLUMNS, MEND, texts=("file",))
-        exists = functools.cache(lambda name: (out / name).is_file())
-        known = {s for s, row in table.rows.items() if row[4] == "0" and row[1] == settings.file(s)}
-        have = {s for s in known if exists(settings.file(s))}
-        missing = seeds.count - sum(s in seeds for s in have)
-        if not missing and (out / "summary.json").exists():
-            with suppress(ValueError, KeyError, TypeError, AttributeError):  # one that was tampered with is made again
-                found = json.loads((out / "summary.json").read_text())
-                if found.get("seeds") == str(seeds):
-                    say(f"all {seeds.count} samples are there: nothing to compute\n{_words(found, out)}")
-                    return found
-        for name in ("summary.json", "grid.png"):  # they are of other samples
-            (out / name).unlink(missing_ok=True)
-        size = settings.batch
-        blocks = ((b * size, list(part)) for b, part in itertools.groupby((s for s in seeds if s not in have), lambda s: s // size))
-        there = lambda b: [s for s in range(b, b + size) if s in known]
-        arguments = lambda piece: (folder, text, settings, out, *piece, there(piece[0]))
-        processes = max(1, min(processes, missing))
-        bar = tqdm(total=seeds.count, initial=seeds.count - missing, desc="sample", unit="sample", disable=not missing)
-        with bar, closing(resume.finished(processes, draw, blocks, arguments)) as results:
-            for (b, wanted), result in results:
-                table.append(outcome(result, f"seeds {b} .. {b + size - 1}"))
-                bar.update(len(wanted))
-        table.sort()
-        failed = [s for s in sorted(table.rows) if table.rows[s][4] != "0" and s in seeds]
-        if failed:
-            raise NonFiniteError(
-                f"the samples of {len(failed)} of {seeds.count} seeds are not finite and were not written: {_few(failed)} (status "
-                f"{_few(sorted({int(table.rows[s][4]) for s in failed}))}: the step, or as scoresde.Status says); the others are in {out}. "
-                "The network may return NaN there: try --dtype float64, more steps or another solver, in another --out"
-            )
-        first = list(itertools.islice(seeds, SHOWN))
-        found = {
-            **_summary(table.rows[s] for s in seeds), "seeds": str(seeds), "shape": list(shape), **pinned,
-            "t_min": float(model.sde.t_min), "checkpoint": str(folder), "weights": settings.weights,
-            "sha256": hashlib.sha256((out / "samples.csv").read_bytes()).hexdigest(),
+    exists = functools.lru_cache(maxsize=4)(lambda name: (out / name).is_file())
+    there = lambda row: exists(row[1])
+    with ExitStack() as stack:
+
+        def first() -> tuple[bool | None, dict[str, Any], Begun]:
+            stack.enter_context(resume.locked(out))
+            _begin(out, settings, overwrite)
+            fitted = replace(settings, subdirs=_subdirs(out, settings))
+            pinned = _pinned(config, sha256, fitted, solver, times)
+            resume.pin(out, pinned, MEND)
+            return fitted.subdirs, pinned, begin(_pages(out, fitted), there, {"seeds": str(fitted.seeds)}, "grid.png")
+
+        subdirs, pinned, begun = group.by_first(first)
+        if begun.found is not None:
+            if group.first:
+                say(f"all {settings.seeds.count} samples are there: nothing to compute\n{_words(begun.found, out)}")
+            return begun.found
+        settings = replace(settings, subdirs=subdirs, device=device)
+        filling = Filling(_pages(out, settings), begun, there, group)
+        arguments = lambda piece: (folder, text, settings, out, piece.first, piece.wanted, piece.known)
+        computed = filling.fill(processes, draw, arguments, lambda piece, rows: rows, "sample", "seed")
+        more = {
+            "seeds": str(settings.seeds), "shape": list(shape), **pinned, "t_min": float(model.sde.t_min), "checkpoint": str(folder),
+            "weights": settings.weights,
             "versions": {**pinned["versions"], "numpy": np.__version__, "python": platform.python_version()},
             "run": {
-                "seconds": round(time.perf_counter() - started, 1), "computed": missing, "processes": processes,
+                "seconds": round(time.perf_counter() - started, 1), "computed": computed, "processes": processes, "world": group.world,
                 "device": f"{settings.device} ({platform.machine()}, {platform.system()})",
             },
         }  # fmt: skip
-        if settings.levels is not None:
-            _grid(out, settings, shape, first)
-        resume.write_json(out / "summary.json", found)  # last: where it is, all is
-    say(_words(found, out))
+        found = group.by_first(lambda: _end(filling.pages, settings, shape, more, group))
+    if group.first:
+        say(_words(found, out))
+    return found
+
+
+def _end(pages: Pages, settings: Settings, shape: Sequence[int], more: Mapping[str, Any], group: Group) -> dict[str, Any]:
+    """The grid and, last, the summary; NonFiniteError where there are none for some seeds."""
+    facts, sha256 = pages.sums(PATIENCE if group.world > 1 else 1)
+    if facts.bad:
+        pages.close()
+        seeds, statuses = _few(row[0] for row in facts.first_bad), _few(sorted({row[4] for row in facts.first_bad}))
+        raise NonFiniteError(
+            f"the samples of {facts.bad} of {settings.seeds.count} seeds are not finite and were not written: {seeds} (status {statuses}: "
+            f"the step, or as scoresde.Status says); the others are in {pages.folder}. "
+            "The network may return NaN there: try --dtype float64, more steps or another solver, in another --out"
+        )
+    found = {**_summary(facts), **more, "sha256": sha256}
+    if settings.levels is not None:
+        _grid(pages.folder, settings, shape, list(settings.seeds.at(0, SHOWN)))
+    resume.write_json(pages.folder / "summary.json", found, pages.folder / WRITING)  # last: where it is, all is
+    pages.close()
     return found

@@ -96,7 +96,20 @@ def _array(path: Path, shape: tuple[int, ...]) -> Images:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     kind = np.uint8 if found.dtype == np.uint8 else np.int64
-    return Images(len(found), [""] * len(found), sha256, lambda a, b: np.array(to_shape(found[a:b]), dtype=kind, order="C"))
+    return Images(len(found), _Nameless(len(found)), sha256, lambda a, b: np.array(to_shape(found[a:b]), dtype=kind, order="C"))
+
+
+class _Nameless(Sequence[str]):
+    """So many empty names, which a billion images need not hold."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: Any) -> Any:
+        return [""] * len(range(self.n)[i]) if isinstance(i, slice) else ""
 
 
 # --- a folder of image files ---------------------------------------------------------------------------------------------

@@ -19,19 +19,21 @@ import torch
 from .compare import pool
 from .store import locked, write_file
 
-__all__ = ["Table", "finished", "locked", "pin", "write_json"]
+__all__ = ["WRITING", "Table", "extend", "finished", "locked", "pin", "rows_of", "text_of", "write_json"]
+
+WRITING = ".writing"  # the folder in a run's own where files are while they are written
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any], aside: Path | None = None) -> None:
     """Whole or not at all."""
-    write_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode(), aside)
 
 
 def pin(folder: Path, settings: Mapping[str, Any], mend: str) -> None:
     """Keep what decides the numbers in `settings.json`; FileExistsError that says what differs when a run had other settings."""
     path = folder / "settings.json"
     if not path.exists():
-        write_json(path, settings)
+        write_json(path, settings, folder / WRITING)
         return
     try:
         before = dict(json.loads(path.read_text()))
@@ -42,6 +44,7 @@ def pin(folder: Path, settings: Mapping[str, Any], mend: str) -> None:
         raise FileExistsError(f"{folder} holds a run with other settings: {differs}. {mend}")
 
 
+# --- rows ----------------------------------------------------------------------------------------------------------------
 def _number(cell: str) -> bool:
     try:
         return cell == "" or math.isfinite(float(cell))
@@ -49,46 +52,63 @@ def _number(cell: str) -> bool:
         return False
 
 
-class Table:
-    """Rows by their number, the first of `columns`, in a CSV file that only grows: what a kill leaves torn is cut off.
+def rows_of(path: Path, columns: Sequence[str], mend: str, texts: Sequence[str] = ()) -> tuple[dict[int, list[str]], int]:
+    """The rows of a CSV file by their number, the first of `columns`, and its length without what a kill left torn.
 
-    All cells but those of the columns `texts` are finite numbers or empty.
+    All cells but those of the columns `texts` are finite numbers or empty. Of rows with one number the last stands.
     """
+    rows: dict[int, list[str]] = {}
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    for i, row in enumerate(csv.reader(io.StringIO(whole.decode(errors="replace"), newline=""))):
+        if len(row) != len(columns) or (row != list(columns) if i == 0 else not row[0].isdecimal()):
+            raise ValueError(f"line {i + 1} of {path} is none that this version writes; {mend}")
+        if i and not all(_number(cell) for name, cell in zip(columns, row, strict=True) if name not in texts):
+            raise ValueError(f"line {i + 1} of {path} has a cell that is no finite number; {mend}")
+        if i:
+            rows[int(row[0])] = row
+    return rows, len(whole)
+
+
+def text_of(rows: Iterable[Sequence[Any]]) -> bytes:
+    """Rows as they stand in a file; floats are written so that they read back exactly."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue().encode()
+
+
+def extend(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Add rows to a file, which a new one begins with the columns, and see them onto the disk."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        data = memoryview(text_of(rows if os.fstat(file).st_size else [columns, *rows]))
+        while data:
+            data = data[os.write(file, data) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+class Table:
+    """Rows by their number in a CSV file that only grows, as `rows_of` reads them: what a kill leaves torn is cut off."""
 
     def __init__(self, path: Path, columns: Sequence[str], mend: str, texts: Sequence[str] = ()) -> None:
-        self.path, self.columns, self.rows = path, list(columns), dict[int, list[str]]()
-        data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        for i, row in enumerate(csv.reader(io.StringIO(whole.decode(errors="replace"), newline=""))):
-            if len(row) != len(columns) or (row != self.columns if i == 0 else not row[0].isdecimal()):
-                raise ValueError(f"line {i + 1} of {path} is none that this version writes; {mend}")
-            if i and not all(_number(cell) for name, cell in zip(columns, row, strict=True) if name not in texts):
-                raise ValueError(f"line {i + 1} of {path} has a cell that is no finite number; {mend}")
-            if i:
-                self.rows[int(row[0])] = row
-        if whole != data:
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-
-    def _text(self, rows: Iterable[Sequence[str]]) -> str:
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows(rows)
-        return buffer.getvalue()
+        self.path, self.columns = path, list(columns)
+        self.rows, length = rows_of(path, columns, mend, texts)
+        if path.exists() and path.stat().st_size != length:
+            os.truncate(path, length)
 
     def append(self, rows: Iterable[Sequence[Any]]) -> None:
-        """Add rows and see them onto the disk; floats are written so that they read back exactly."""
+        """Add rows and see them onto the disk."""
         text = [list(map(str, row)) for row in rows]
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            file.write(self._text(text if file.tell() else [self.columns, *text]))
-            file.flush()
-            os.fsync(file.fileno())
+        extend(self.path, self.columns, text)
         self.rows.update((int(row[0]), row) for row in text)
 
     def sort(self) -> None:
         """Write the file anew in the order of the numbers, whole or not at all."""
-        data = self._text([self.columns, *(self.rows[i] for i in sorted(self.rows))]).encode()
+        data = text_of([self.columns, *(self.rows[i] for i in sorted(self.rows))])
         if not self.path.exists() or self.path.read_bytes() != data:
-            write_file(self.path, data)
+            write_file(self.path, data, self.path.parent / WRITING)
 
 
 # --- processes -----------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Layout:
 
 def digest(x: np.ndarray) -> str:
     """The first 16 digits of the SHA-256 of a sample's numbers, whatever file they are in."""
-    return hashlib.sha256(np.ascontiguousarray(x)).hexdigest()[:16]
+    return hashlib.sha256(x.tobytes()).hexdigest()[:16]
 
 
 def folders(out: Path) -> Iterator[Path]:

@@ -15,7 +15,7 @@ import shutil
 import socket
 import stat
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -129,11 +129,12 @@ def _spill(file: int, data: bytes) -> None:
         view = view[os.write(file, view) :]  # which may take less than all: a system call has a largest size
 
 
-def _fill(path: Path, data: bytes) -> None:
+def _fill(path: Path, data: bytes | Iterable[bytes]) -> None:
     """A new file with these bytes, on the disk, in the mode that the umask gives."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        _spill(file, data)
+        for part in (data,) if isinstance(data, bytes) else data:
+            _spill(file, part)
         os.fsync(file)
     finally:
         os.close(file)
@@ -157,24 +158,31 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
-def _swap(files: Mapping[Path, bytes]) -> None:
-    """All of them onto the disk beside their places, then each into its place, in order."""
+def _swap(files: Mapping[Path, bytes | Iterable[bytes]], aside: Path | None = None) -> None:
+    """All of them onto the disk beside their places, or in the folder `aside`, then each into its place, in order."""
+    under_way = {path: _beside(path) if aside is None else aside / f"{path.name}.{os.getpid()}" for path in files}
     try:
         for path, data in files.items():
-            _fill(_beside(path), data)
+            _fill(under_way[path], data)
         for path in files:
-            os.replace(_beside(path), path)
+            os.replace(under_way[path], path)
     finally:
-        for path in files:
+        for path in under_way.values():
             with suppress(OSError):
-                _beside(path).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
     for folder in {path.parent: None for path in files}:
         _sync(folder)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
-    _swap({path: data})
+def write_file(path: Path, data: bytes | Iterable[bytes], aside: Path | None = None) -> None:
+    """Whole or not at all: under a temporary name, flushed to the disk, then renamed.
+
+    data: all of it, or part by part; aside: a folder on the same disk, made if missing, for what is under way (default: beside the
+    file), so that what a kill leaves is found without looking at all files.
+    """
+    if aside is not None:
+        aside.mkdir(exist_ok=True)
+    _swap({path: data}, aside)
 
 
 def put(folder: Path, files: Mapping[str, bytes], **facts: Any) -> None:

@@ -1,0 +1,338 @@
+"""Rows by the billion: a run's table in pages, which any number of processes fill; those that are whole are not read again.
+
+    samples.csv, samples-000000050048.csv, ...   a page's rows by index: those of whole batches, 50,000 or a few more
+    pages.jsonl   of several pages, a line each: what was asked of it, size and SHA-256 of its file, and what a summary says of its rows
+    .rows         rows and lines of processes at work, each in files of its own; a start or the end of a page brings them home
+    .writing      files while they are written
+
+Every index is in one batch and every batch in one page, whoever computes it: of a group, each process takes the next batch that none has
+taken, and who ends the last batch of a page brings all its rows home. What a kill leaves is of this kind too, so the next run, of any
+number of processes, begins by bringing it home.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .resume import WRITING, rows_of, text_of
+from .seeds import Seeds
+from .store import write_file
+
+__all__ = ["PATIENCE", "ROWS", "Facts", "Pages"]
+
+PAGE = 50_000
+RECORDS, ROWS = "pages.jsonl", ".rows"
+UNIT = 2148  # sums are whole numbers of 2^-2148, of which every float is some, and its square
+FEW = 9
+LINE = re.compile(rb'\{"page":([0-9]+),')
+PATIENCE = 120  # half seconds until what one machine has written must show on another
+Row = list[str]
+
+
+# --- what a summary says of rows -----------------------------------------------------------------------------------------
+def _sum(cells: Iterable[str], power: int = 1) -> int:
+    total = 0
+    for cell, n in Counter(cells).items():
+        a, b = float(cell or 0).as_integer_ratio()
+        total += n * a**power << UNIT - power * (b.bit_length() - 1)
+    return total
+
+
+@dataclass
+class Facts:
+    """Of rows: how many, the largest nfe, sums of columns and, under "name^2", of their squares; how many bad ones, and the first few.
+
+    Exact sums are the same in whatever order and pages they are taken.
+    """
+
+    n: int = 0
+    nfe: int = 0
+    sums: dict[str, int] = field(default_factory=dict)
+    bad: int = 0
+    first_bad: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        columns: Sequence[str],
+        rows: Sequence[Row],
+        sums: Iterable[str],
+        squares: Iterable[str] = (),
+        counts: Mapping[str, int] = {},
+    ) -> Facts:
+        """The facts of good rows with these columns, nfe among them; counts: of them, summed as columns are."""
+        column = lambda name: (row[columns.index(name)] for row in rows)
+        found = {name: _sum(column(name)) for name in sums} | {f"{name}^2": _sum(column(name), 2) for name in squares}
+        found |= {name: n << UNIT for name, n in counts.items()}
+        return cls(len(rows), max(map(int, column("nfe")), default=0), found)
+
+    def add(self, other: Facts) -> None:
+        """Take those of later rows in."""
+        self.n, self.nfe, self.bad = self.n + other.n, max(self.nfe, other.nfe), self.bad + other.bad
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in other.sums.items()}
+        self.first_bad = [*self.first_bad, *other.first_bad][:FEW]
+
+    def sum(self, name: str) -> float:
+        """Of a column, rounded once."""
+        return float(Fraction(self.sums[name], 1 << UNIT))
+
+    def mean(self, name: str) -> float:
+        """Of a column."""
+        return self.sum(name) / self.n
+
+    def stdev(self, name: str) -> float:
+        """Of a column, over n - 1; that of its rows, and not of rounded sums."""
+        mean = Fraction(self.sums[name], self.n << UNIT)
+        return math.sqrt((Fraction(self.sums[f"{name}^2"], 1 << UNIT) - self.n * mean * mean) / (self.n - 1))
+
+    def packed(self) -> dict[str, Any]:
+        """For JSON: a sum is [a, b], a / 2^b."""
+        sums = {}
+        for name, value in self.sums.items():
+            zeros = min((value & -value).bit_length() - 1, UNIT) if value else UNIT
+            sums[name] = [value >> zeros, UNIT - zeros]
+        return {"n": self.n, "nfe": self.nfe, "sums": sums, "bad": self.bad, "first_bad": self.first_bad}
+
+    @classmethod
+    def unpacked(cls, found: Mapping[str, Any]) -> Facts:
+        """What `packed` gave."""
+        sums = {name: a << UNIT - b for name, (a, b) in found["sums"].items()}
+        return cls(found["n"], found["nfe"], sums, found["bad"], found["first_bad"])
+
+
+# --- the pages of a run --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Pages:
+    """The table `name` of the indices asked for, in `folder`; good: of a row, whether it is what was wanted; facts: of good rows."""
+
+    folder: Path
+    name: str
+    columns: Sequence[str]
+    texts: Sequence[str]
+    mend: str
+    asked: Seeds
+    batch: int
+    good: Callable[[Row], bool]
+    facts: Callable[[list[Row]], Facts]
+
+    @cached_property
+    def span(self) -> int:
+        """Indices of a page."""
+        return math.ceil(PAGE / self.batch) * self.batch
+
+    @cached_property
+    def numbers(self) -> Seeds:
+        """The pages that are asked for."""
+        return Seeds.of((part.start // self.span, (part.stop - 1) // self.span + 1) for part in self.asked.ranges)
+
+    @property
+    def many(self) -> bool:
+        """Whether they are several, and recorded."""
+        return self.numbers.count > 1
+
+    def path(self, page: int) -> Path:
+        """The file of a page."""
+        return self.folder / (f"{self.name}-{page * self.span:012d}.csv" if page else f"{self.name}.csv")
+
+    def part(self, page: int) -> Seeds:
+        """What is asked of a page."""
+        return self.asked.within(page * self.span, (page + 1) * self.span)
+
+    def batches(self, page: int) -> list[tuple[int, list[int]]]:
+        """The batches of a page that are asked for: first index, those asked for."""
+        parts = itertools.groupby(self.part(page), lambda i: i // self.batch)
+        return [(b * self.batch, list(part)) for b, part in parts]
+
+    def rows(self, path: Path, page: int) -> dict[int, Row]:
+        """The rows in a file of a page, by index; ValueError for those of another page."""
+        found, _ = rows_of(path, self.columns, self.mend, self.texts)
+        return self.checked(found, path, page)
+
+    def checked(self, rows: dict[int, Row], path: Path, page: int) -> dict[int, Row]:
+        """The rows, which are of this page."""
+        if strange := [i for i in rows if i // self.span != page]:
+            raise ValueError(
+                f"{path} has a row of {strange[0]}, which belongs into {self.path(strange[0] // self.span).name}; {self.mend}"
+            )
+        return rows
+
+    def lacking(self, rows: Mapping[int, Row], page: int) -> list[int]:
+        """The first of what is asked of a page and has no row."""
+        return list(itertools.islice((i for i in self.part(page) if i not in rows), FEW))
+
+    def whole(self, there: Callable[[Row], bool]) -> bool:
+        """Whether the one page has a good row for all that is asked, and what it speaks of is there."""
+        page = self.numbers.ranges[0].start
+        rows = self.rows(self.path(page), page)
+        return all(i in rows and self.good(rows[i]) and there(rows[i]) for i in self.part(page))
+
+    def _asked(self, page: int) -> str:
+        text = str(self.part(page))
+        return text if len(text) < 100 else hashlib.sha256(text.encode()).hexdigest()
+
+    def summed(self, rows: Mapping[int, Row], page: int) -> tuple[Facts, str]:
+        """Facts of the rows that are asked for, and the SHA-256 of a file that has just these."""
+        asked = [rows[i] for i in self.part(page)]
+        bad = [row for row in asked if not self.good(row)]
+        found = self.facts([row for row in asked if self.good(row)] if bad else asked)
+        found.bad, found.first_bad = len(bad), bad[:FEW]
+        return found, hashlib.sha256(text_of([self.columns, *asked])).hexdigest()
+
+    # --- records -------------------------------------------------------------------------------------------------------------
+    def record(self, rows: Mapping[int, Row], page: int, name: str) -> None:
+        """A line on a page whose file has these rows, onto the disk, into the process's own file of lines."""
+        facts, sha256 = self.summed(rows, page)
+        line = {
+            "page": page,
+            "asked": self._asked(page),
+            "bytes": self.path(page).stat().st_size,
+            "sha256": sha256,
+            **facts.packed(),
+        }
+        file = os.open(self.folder / ROWS / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(file, (json.dumps(line, separators=(",", ":")) + "\n").encode())
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The lines in pages.jsonl that are of pages asked for, of what is asked of them now, and of the files as they are."""
+        path, numbers = self.folder / RECORDS, self.numbers
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            for line in file:
+                with suppress(ValueError, KeyError, TypeError, OSError):  # one that is not so is as if it were not there
+                    found = json.loads(line)
+                    page = found["page"]
+                    good = page in numbers and found["asked"] == self._asked(page)
+                    if good and found["bytes"] == self.path(page).stat().st_size:
+                        yield found
+
+    def gather(self) -> None:
+        """The lines of all processes into pages.jsonl, by page, the newest of each."""
+        paths = [self.folder / RECORDS, *sorted((self.folder / ROWS).glob("pages.*.jsonl"))]
+        if not paths[1:]:
+            return
+        at: dict[int, int] = {}  # of a billion indices two megabytes
+        for k, path in enumerate(paths):
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                offset = 0
+                for line in file:
+                    if (found := LINE.match(line)) and line.endswith(b"\n"):  # else torn
+                        at[int(found[1])] = offset * len(paths) + k
+                    offset += len(line)
+        write_file(self.folder / RECORDS, _lines(paths, (at[page] for page in sorted(at))), self.folder / WRITING)
+        for path in paths[1:]:
+            path.unlink()
+
+    # --- the first process, before and after all -----------------------------------------------------------------------------
+    def begin(self) -> tuple[Seeds, int]:
+        """Bring home what a killed run left; which pages are not whole, and how many indices are in those that are."""
+        shutil.rmtree(self.folder / WRITING, ignore_errors=True)
+        for name in (WRITING, ROWS):
+            (self.folder / name).mkdir(exist_ok=True)
+        segments: dict[int, list[Path]] = {}
+        pattern = re.compile(rf"{self.name}(?:-([0-9]{{12,20}}))?\.[0-9a-f]+\.rank[0-9]+\.csv")
+        for path in sorted((self.folder / ROWS).iterdir()):
+            if found := pattern.fullmatch(path.name):
+                segments.setdefault(int(found[1] or 0) // self.span, []).append(path)
+        for page, paths in segments.items():
+            self.fold(page, paths)
+            for path in paths:
+                path.unlink()
+        self.gather()
+        if not self.many:
+            return self.numbers, 0
+        whole: list[list[int]] = []
+        done = 0
+        for found in self.records():
+            if not found["bad"]:
+                done += found["n"]
+                if whole and whole[-1][1] == found["page"]:
+                    whole[-1][1] += 1
+                else:
+                    whole.append([found["page"], found["page"] + 1])
+        return self.numbers.without(Seeds.of((start, stop) for start, stop in whole)), done
+
+    def fold(self, page: int, segments: Sequence[Path]) -> dict[int, Row]:
+        """The rows of a page with those in these files, which its own file now has, by index."""
+        rows = self.rows(self.path(page), page)
+        for path in segments:
+            rows |= self.rows(path, page)
+        self.write(rows, page)
+        return rows
+
+    def write(self, rows: Mapping[int, Row], page: int) -> None:
+        """The file of a page, whole or not at all."""
+        write_file(self.path(page), text_of([self.columns, *(rows[i] for i in sorted(rows))]), self.folder / WRITING)
+
+    def sums(self, patience: int = 1) -> tuple[Facts, str]:
+        """The facts of all that is asked for, and one SHA-256: of a page as it would be with these rows alone, of several of their list.
+
+        RuntimeError where a row is missing, after so many looks.
+        """
+        for attempt in range(patience):
+            time.sleep(0.5 if attempt else 0.0)
+            if found := self._sums_of_many() if self.many else self._sums_of_one():
+                return found
+        raise RuntimeError(f"{self.folder} has not all the rows that were computed: has something else changed it? Run again")
+
+    def _sums_of_one(self) -> tuple[Facts, str] | None:
+        page = self.numbers.ranges[0].start
+        rows = self.rows(self.path(page), page)
+        return None if self.lacking(rows, page) else self.summed(rows, page)
+
+    def _sums_of_many(self) -> tuple[Facts, str] | None:
+        self.gather()
+        total, pages, digest = Facts(), 0, hashlib.sha256()
+        for found in self.records():
+            digest.update(f"{found['sha256']}\n".encode())
+            total.add(Facts.unpacked(found))
+            pages += 1
+        return (total, digest.hexdigest()) if pages == self.numbers.count else None
+
+    def close(self) -> None:
+        """Remove the folders of work under way, in which nothing is left."""
+        shutil.rmtree(self.folder / WRITING, ignore_errors=True)
+        with suppress(OSError):
+            (self.folder / ROWS).rmdir()
+
+    def drop(self) -> None:
+        """Remove the table and all that belongs to it."""
+        self.close()
+        shutil.rmtree(self.folder / ROWS, ignore_errors=True)
+        for path in [self.folder / RECORDS, *self.files()]:
+            path.unlink(missing_ok=True)
+
+    def files(self) -> list[Path]:
+        """The files of pages that are there, found by looking at all."""
+        pattern = re.compile(rf"{self.name}(-[0-9]{{12,20}})?\.csv")
+        return [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)] if self.folder.is_dir() else []
+
+
+def _lines(paths: Sequence[Path], places: Iterable[int]) -> Iterator[bytes]:
+    """The lines at places, each offset * len(paths) + which of the paths."""
+    with ExitStack() as stack:
+        files: dict[int, BinaryIO] = {}
+        for place in places:
+            offset, k = divmod(place, len(paths))
+            file = files.get(k) or files.setdefault(k, stack.enter_context(paths[k].open("rb")))
+            file.seek(offset)
+            yield file.readline()
