@@ -14,13 +14,18 @@ from torch import nn
 import scoresde.metrics
 from scoresde.metrics import (
     Features,
+    Gaussian,
     ModuleFeatures,
     Statistics,
+    Terms,
     classifier,
     fid,
     frechet_distance,
+    frechet_terms,
+    from_npz,
     gaussian_wasserstein,
     sliced_wasserstein,
+    to_npz,
     train_classifier,
 )
 from scoresde.metrics.wasserstein import _directions
@@ -48,6 +53,31 @@ def test_frechet_of_diagonal_gaussians_is_the_sum_over_axes():
     wanted = float(((m1 - m2) ** 2 + (s1 - s2) ** 2).sum())
     assert frechet_distance(m1, torch.diag(s1**2), m2, torch.diag(s2**2)) == pytest.approx(wanted, rel=1e-13)
     assert gaussian_wasserstein(m1, torch.diag(s1**2), m2, torch.diag(s2**2)) == pytest.approx(math.sqrt(wanted), rel=1e-13)
+
+
+def test_a_frechet_distance_is_its_terms():
+    a, b = normal(40, 6, seed=1), 2 * normal(50, 6, seed=2) + 1
+    x, y = Statistics().update(a), Statistics().update(b)
+    found = frechet_terms(x.mean, x.cov, y.mean, y.cov)
+    assert isinstance(found, Terms)
+    assert found.distance == frechet_distance(x.mean, x.cov, y.mean, y.cov) == fid(a, b)
+    assert found.distance == pytest.approx(found.mean + found.trace1 + found.trace2 - 2 * found.cross, rel=1e-14)
+    assert found.trace2 == pytest.approx(float(y.cov.trace()), rel=1e-14)
+    root = scipy.linalg.sqrtm(x.cov.numpy())
+    assert found.cross == pytest.approx(float(np.trace(scipy.linalg.sqrtm(root @ y.cov.numpy() @ root)).real), rel=1e-12)
+
+
+def test_statistics_in_a_file(tmp_path):
+    x = Statistics().update(normal(40, 6))
+    (tmp_path / "x.npz").write_bytes(to_npz(x, features="pixels"))
+    found = from_npz(tmp_path / "x.npz")
+    assert isinstance(found, Gaussian)
+    assert (found.n, found.facts) == (40, {"features": "pixels"})
+    assert torch.equal(found.mean, x.mean)
+    assert torch.equal(found.cov, x.cov)
+    assert to_npz(x, features="pixels") == to_npz(x, features="pixels")  # no clock in it
+    with pytest.raises(FileNotFoundError):
+        from_npz(tmp_path / "none.npz")
 
 
 def test_frechet_of_commuting_covariances_is_the_distance_of_their_roots():

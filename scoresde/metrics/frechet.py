@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from scoresde.metrics.inputs import Array, samples, tensor
 
-__all__ = ["Statistics", "fid", "frechet_distance"]
+__all__ = ["Statistics", "Terms", "fid", "frechet_distance", "frechet_terms"]
 
 TOLERANCE = 1e-4  # how far from symmetric and positive a covariance may be, relative: float32 sums reach 1e-5
 
@@ -81,6 +82,31 @@ class Statistics:
         return self.scatter / (self.n - 1)
 
 
+class Terms(NamedTuple):
+    """A squared Fréchet distance and what it is made of: mean + trace1 + trace2 - 2 cross, not below 0."""
+
+    distance: float
+    mean: float  # |m1 - m2|^2
+    trace1: float  # tr C1
+    trace2: float
+    cross: float  # tr (C1^{1/2} C2 C1^{1/2})^{1/2}
+
+
+def frechet_terms(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> Terms:
+    """Return the squared Fréchet distance with its terms: `frechet_distance` says of what."""
+    m1, m2 = tensor(mean1, "mean1", 1), tensor(mean2, "mean2", 1)
+    if m1.shape != m2.shape or not len(m1):
+        raise ValueError(f"mean1 has D = {len(m1)} and mean2 D = {len(m2)}; wanted the same D >= 1: use one extractor")
+    root1, trace1 = _root(tensor(cov1, "cov1", 2), "cov1", len(m1))
+    root2, trace2 = _root(tensor(cov2, "cov2", 2), "cov2", len(m1))
+    # Singular values, not roots of the eigenvalues of C1^{1/2} C2 C1^{1/2}: an eigenvalue that should be 0 comes out
+    # as 1e-16 and its root as 1e-8, once for each of the D - N directions that a small sample leaves empty.
+    cross = torch.linalg.svdvals(root1.T @ root2).sum()
+    mean = (m1 - m2).square().sum()
+    # Rounding can leave -1e-15, whose root would be NaN.
+    return Terms(max(float(mean + trace1 + trace2 - 2 * cross), 0.0), *map(float, (mean, trace1, trace2, cross)))
+
+
 def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:
     """Return the squared Fréchet (2-Wasserstein) distance of two Gaussians, computed in float64.
 
@@ -98,16 +124,7 @@ def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> fl
 
     Source: Dowson and Landau 1982.
     """
-    m1, m2 = tensor(mean1, "mean1", 1), tensor(mean2, "mean2", 1)
-    if m1.shape != m2.shape or not len(m1):
-        raise ValueError(f"mean1 has D = {len(m1)} and mean2 D = {len(m2)}; wanted the same D >= 1: use one extractor")
-    root1, trace1 = _root(tensor(cov1, "cov1", 2), "cov1", len(m1))
-    root2, trace2 = _root(tensor(cov2, "cov2", 2), "cov2", len(m1))
-    # Singular values, not roots of the eigenvalues of C1^{1/2} C2 C1^{1/2}: an eigenvalue that should be 0 comes out
-    # as 1e-16 and its root as 1e-8, once for each of the D - N directions that a small sample leaves empty.
-    cross = torch.linalg.svdvals(root1.T @ root2).sum()
-    # Rounding can leave -1e-15, whose root would be NaN.
-    return max(float((m1 - m2).square().sum() + trace1 + trace2 - 2 * cross), 0.0)
+    return frechet_terms(mean1, cov1, mean2, cov2).distance
 
 
 def _root(cov: Tensor, name: str, dim: int) -> tuple[Tensor, Tensor]:
