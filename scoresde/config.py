@@ -37,6 +37,7 @@ MADE = {
     name: getattr(objectives, name) for name in ("Uncertainty", "antithetic", "controlled")
 }  # classes whose instances are losses
 OBJECTIVES = Registry({**Registry.of(loss, objectives, calls=LOSS).known, **MADE}, LOSS)
+TWICE = tuple(objective.__name__ for objective in objectives.TWICE)
 OPTIMIZERS = Registry({name: getattr(torch.optim, name) for name in ("AdamW", "Adam", "SGD", "RMSprop")}, ("params",))
 
 
@@ -131,6 +132,7 @@ class Config(Section):
     precision: str = key("of the network's arithmetic", "float32", among=("float32", "bf16", "fp16"))
     compile: bool = key("run the network through torch.compile", False)
     channels_last: bool = key("memory format of images", False)
+    sharded: bool = key("shard parameters, gradients, optimizer and averages over the processes (FSDP2)", False)
     label_dropout: float = key("share of labels left out, for guidance", 0.0, low=0.0, below=1.0)
     patience: int = key("steps in a row without a finite gradient before the run stops", 8, low=1)
     ema: tuple[Average, ...] = key("averages of the weights", (Average(0.999),))
@@ -146,6 +148,12 @@ class Config(Section):
             f"accumulate is {self.accumulate}; wanted at most batch, {self.batch}": self.accumulate > self.batch,
             f"label_dropout is {self.label_dropout:g} and data.conditional is false; wanted 0, or labels to drop":
                 self.label_dropout > 0 and not self.data.conditional,
+            "sharded and channels_last are true, and FSDP2 cuts contiguous tensors alone; wanted one of them":
+                self.sharded and self.channels_last,
+            f"sharded is true and objective {self.objective.name} differentiates the network, and FSDP2 has no double backward; wanted "
+            "sharded: false, where DistributedDataParallel can": self.sharded and self.objective.name in TWICE,
+            f"sharded is true, precision is fp16 and objective {self.objective.name} learns numbers that are not sharded; wanted bf16":
+                self.sharded and self.precision == "fp16" and self.objective.name == "Uncertainty",
             f"every.validate is {self.every.validate} and data.held_out is 0; wanted entries to validate on":
                 self.every.validate > 0 and not self.data.held_out,
         }  # fmt: skip

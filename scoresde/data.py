@@ -159,13 +159,13 @@ def _key(seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Batches:
-    """`batches(step)`, step = 1, 2, ...: its samples, `[batch / world, *shape]` in the source's dtype, with int64 labels if any.
+    """`batches(step)`, step = 1, 2, ...: its samples, `[batch, *shape]` in the source's dtype, with int64 labels if any.
 
     Sample i of a step's `batch` is number k = (step - 1) batch + i of the run: row P(k mod N) of epoch k div N, P the permutation of
-    (seed, epoch). So every epoch has every row once, and batches run on across its end. Rank r of `world` takes the r-th of `world`
-    equal parts of each batch. flip: mirror each image left to right (its last axis) with probability 1/2, a bit of (seed, k). labels:
-    False leaves them out. Nothing is remembered between calls. Raises TypeError or ValueError for settings that cannot be, and for a
-    step below 1.
+    (seed, epoch). So every epoch has every row once, and batches run on across its end. Rank r of `world` takes rows batch r / world to
+    batch (r + 1) / world of each batch, rounded down: at least one, and one more or less than another rank. flip: mirror each image left
+    to right (its last axis) with probability 1/2, a bit of (seed, k). labels: False leaves them out. Nothing is remembered between
+    calls. Raises TypeError or ValueError for settings that cannot be, and for a step below 1.
     """
 
     source: Source
@@ -181,8 +181,8 @@ class Batches:
         if len(_check_source(self.source)) > LARGEST:
             raise ValueError(f"{self.source.name} has {len(self.source)} samples; wanted at most 2^40")
         _key(self.seed)
-        if check_count(self.batch, "batch") % check_count(self.world, "world"):
-            raise ValueError(f"batch is {self.batch} for {self.world} ranks; wanted a multiple, so that their mean is the batch's")
+        if check_count(self.batch, "batch") < check_count(self.world, "world"):
+            raise ValueError(f"batch is {self.batch} for {self.world} ranks; wanted at least a row each: batch={self.world}")
         if check_count(self.rank, "rank", 0) >= self.world:
             raise ValueError(f"rank is {self.rank} of {self.world}; wanted 0 .. {self.world - 1}")
         for name in ("flip", "labels"):
@@ -220,9 +220,8 @@ class Batches:
         return first
 
     def _numbers(self, step: int) -> np.ndarray:
-        share = self.batch // self.world
-        first = self._first(step) + self.rank * share
-        return np.arange(first, first + share, dtype=np.int64)
+        begin, end = (self._first(step) + self.batch * r // self.world for r in (self.rank, self.rank + 1))
+        return np.arange(begin, end, dtype=np.int64)
 
 
 # --- ahead of time -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .checks import check_count, check_number, shape_of
+from .pieces import local
 
 __all__ = ["EMA", "PowerEMA", "exponent", "posthoc", "posthoc_coefficients"]
 
@@ -56,6 +57,7 @@ class EMA:
         return min(self.decay, (1 + n) / (10 + n))
 
     def _mix(self, averages: Any, currents: Any, n: Any) -> None:
+        averages, currents = [local(a) for a in averages], [local(c) for c in currents]  # of what is sharded, each its own
         if averages[0].is_floating_point():
             torch._foreach_lerp_(list(averages), list(currents), 1 - self._kept(float(n)))
         else:  # counters, such as a batch norm's: they come a group a dtype

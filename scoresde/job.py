@@ -23,6 +23,7 @@ from .command import check_device
 from .config import Config
 from .data import Batches, Source, load, split
 from .denoiser import Preconditioned
+from .parallel import ALONE, Group
 from .reports import Scale
 from .train import Step, Training, fit
 
@@ -41,6 +42,7 @@ class Job:
     scale: Scale
     batches: Batches
     training: Training
+    group: Group = ALONE
 
     @property
     def model(self) -> Preconditioned:
@@ -49,8 +51,8 @@ class Job:
 
     @property
     def average(self) -> Preconditioned:
-        """What is shown and scored: the first average, or the network itself without any, in eval mode."""
-        return self.training.emas[0].module if self.training.emas else self.model
+        """What is shown and scored: the first average, or the network itself without any, in eval mode; whole also where it is sharded."""
+        return self.training.whole(self.training.emas[0].module if self.training.emas else self.model)
 
     def rate(self, step: int) -> float:
         """Factor on the learning rate of a step: min(1, step / warmup) times a fall over the whole training."""
@@ -65,7 +67,13 @@ class Job:
             self.training, batches, weight=weight, times=times,
             rate=self.rate, clip=config.clip, accumulate=config.accumulate, label_dropout=config.label_dropout, transform=self.scale,
             patience=config.patience, compile=config.compile, steps=config.steps, seed=config.seed,
+            group=self.group,
         )  # fmt: skip
+
+    @cached_property
+    def network(self) -> dict[str, Any]:
+        """The network by name and settings, which one that is sharded no longer tells: asked for before."""
+        return checkpoint.describe(self.model)
 
     def described(self) -> dict[str, Any]:
         """config.json of its checkpoints: the network, and what its numbers mean."""
@@ -78,7 +86,7 @@ class Job:
         }
         if cells is not None:
             data |= {"levels": cells.levels, "low": cells.low, "high": cells.high}
-        found = {**checkpoint.describe(self.model), "emas": [e.name for e in self.training.emas], "data": data}
+        found = {**self.network, "emas": [e.name for e in self.training.emas], "data": data}
         return json.loads(json.dumps(found))  # as it is read back: lists for tuples
 
     @cached_property
@@ -98,9 +106,9 @@ def spread(source: Source, count: int) -> np.ndarray:
     return np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int64)
 
 
-def prepare(config: Config) -> Job:
-    """Load the data, build network, optimizer and averages; raises before any step is taken."""
-    check_device(config.device)
+def prepare(config: Config, group: Group = ALONE) -> Job:
+    """Load the data, build network, optimizer and averages, whole in every process; raises before any step is taken."""
+    device = check_device(group.place(config.device))
     data, named = config.data, config.data.source in configs.SETS
     source = (
         load(data.source, part=data.part, folder=data.folder)
@@ -114,17 +122,19 @@ def prepare(config: Config) -> Job:
     scale = Scale(cells, data.dequantize)
     if cells is None and data.dequantize:
         raise ValueError(f"data.dequantize is true and {data.source} is of floats, which have no grey levels; wanted false")
-    batches = Batches(source, config.batch, seed=config.seed, flip=data.flip, labels=data.conditional)
+    batches = Batches(
+        source, config.batch, seed=config.seed, flip=data.flip, labels=data.conditional, rank=group.rank, world=group.world
+    )
     wanted = bool(config.sde.options.get("from_data"))
     sde = configs.sde_of(config.sde, scale.seen(source.x[spread(source, 5000)]) if wanted else None)
     net = configs.net_of(config.net, source.shape, source.classes if data.conditional else 0, seed=config.seed)
     if config.channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[no-matching-overload]
     parameterization = build(config.parameterization, configs.PARAMETERIZATIONS, "parameterization")
-    model = Preconditioned(net, sde, parameterization).to(config.device)
+    model = Preconditioned(net, sde, parameterization).to(device)
     objective = build(config.objective, configs.OBJECTIVES, "objective")
-    own = list(objective.to(config.device).parameters()) if isinstance(objective, nn.Module) else []
+    own = list(objective.to(device).parameters()) if isinstance(objective, nn.Module) else []
     optimizer = configs.optimizer_of(config.optimizer, [*model.parameters(), *own])
     emas = [configs.average_of(average, model) for average in config.ema]
     training = Training(model, optimizer, emas, objective=objective, precision=PRECISIONS[config.precision])
-    return Job(config, source, held_out, scale, batches, training)
+    return Job(config, source, held_out, scale, batches, training, group)

@@ -171,6 +171,9 @@ def sliced_score_matching(
     return _stein(denoiser, x0, t, weight, noise, divergence)
 
 
+TWICE = (implicit_score_matching, sliced_score_matching)  # what needs a double backward, which FSDP2 has not
+
+
 # --- other noise ---------------------------------------------------------------------------------------------------------
 class Kernel(ABC):
     """The law k of z in x_t = alpha x0 + sigma z. A subclass makes z of unit normal noise and says grad log k."""

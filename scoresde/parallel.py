@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from .checks import check_count
 
-__all__ = ["Elsewhere", "Group", "joined"]
+__all__ = ["ALONE", "Elsewhere", "Group", "joined"]
 
 T = TypeVar("T")
 TIMEOUT = "SCORESDE_TIMEOUT"
@@ -90,6 +90,15 @@ class Group:
         dist.all_gather(found, mine)
         return [each.tolist() for each in found]
 
+    def reals(self, *values: float) -> list[list[float]]:
+        """The same of float64."""
+        if self.world == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.float64)
+        found = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(found, mine)
+        return [each.tolist() for each in found]
+
     def any(self, flag: bool) -> bool:
         """Whether it is so for any process."""
         return any(value for (value,) in self.numbers(int(flag)))
@@ -101,6 +110,14 @@ class Group:
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value)
         return found
+
+    def to_first(self, value: T) -> list[T]:
+        """The values of every process, by rank, in the first process; nothing in the others."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.world if self.first else None
+        dist.gather_object(value, found, dst=0)
+        return found or []
 
     def barrier(self) -> None:
         """Wait until all are here."""
@@ -188,6 +205,9 @@ class Group:
         if self.store is None:
             raise RuntimeError(f"{name} is counted by a group that has no store; wanted one of `joined`")
         return int(self.store.add(name, n))
+
+
+ALONE = Group()  # of whoever is given no other
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from .bits import Quantized
 from .codec import from_tensors, to_json, to_tensors
 from .denoiser import Denoiser
 from .metrics import Features, ModuleFeatures, Statistics, classifier, frechet_distance, train_classifier
+from .parallel import ALONE, Group
 from .sample import sample
 
 __all__ = ["Pixels", "Scale", "Scorer", "draw", "learn_features", "load_features", "save_features", "show"]
@@ -99,11 +100,19 @@ def learn_features(folder: Path, images: Tensor, labels: Tensor, classes: int, e
 
 
 # --- scores and pictures -------------------------------------------------------------------------------------------------
-def draw(denoiser: Denoiser, shape: tuple[int, ...], count: int, nfe: int, classes: int = 0, batch: int = 64) -> Tensor:
-    """Samples of the seeds 0 .. count - 1, in the default solver; of a network with classes, labels in turn."""
-    labels = torch.arange(count) % classes if classes else None
-    model = denoiser if labels is None else denoiser.condition(labels)  # type: ignore[attr-defined]
-    return sample(model, (count, *shape), nfe=nfe, seeds=range(count), microbatch=min(batch, count)).x
+def draw(
+    denoiser: Denoiser, shape: tuple[int, ...], count: int, nfe: int, classes: int = 0, batch: int = 64, group: Group = ALONE
+) -> Tensor:
+    """Samples of the seeds 0 .. count - 1, in the default solver; of a network with classes, labels in turn.
+
+    Of a group, those of the seeds in the blocks of `batch` that are this process's: the same bits, in the order of ranks.
+    """
+    blocks, microbatch = -(-count // batch), min(batch, count)
+    mine = range(count)[group.share(blocks).start * batch : group.share(blocks).stop * batch]
+    if not mine:
+        return torch.empty(0, *shape)
+    model = denoiser if not classes else denoiser.condition(torch.tensor(mine) % classes)  # type: ignore[attr-defined]
+    return sample(model, (len(mine), *shape), nfe=nfe, seeds=mine, microbatch=microbatch).x
 
 
 @dataclass(frozen=True)

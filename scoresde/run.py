@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -29,8 +29,10 @@ from .denoiser import Preconditioned
 from .ema import PowerEMA, posthoc
 from .job import Job, prepare
 from .logs import Log, require_tensorboard
+from .parallel import ALONE, Group
 from .resume import write_json
 from .sections import tree_of
+from .sharded import shard
 from .store import clear, latest, locked, step_name, steps, write_file
 from .train import Step
 from .training import Training
@@ -38,7 +40,7 @@ from .watch import Watch
 
 __all__ = ["average", "run"]
 
-FREE = ("every", "samples", "data.workers", "compile", "device", "tensorboard")  # what may change when a run goes on
+FREE = ("every", "samples", "data.workers", "compile", "device", "sharded", "tensorboard")  # what may change when a run goes on
 OURS = (
     "checkpoints", "averages", "samples", "features", "tensorboard", "config.yaml", "environment.json", "fid.json", "loss.png",
     "validation.png", "summary.json", *(f"{n}.{s}" for n in ("metrics", "speed", "validation") for s in ("jsonl", "csv")),
@@ -100,22 +102,34 @@ def _clean(folder: Path) -> None:
 def _environment(job: Job) -> dict[str, Any]:
     from . import __version__
 
-    net = job.model.net
+    net, world = job.model.net, job.group.world
     return {
         "versions": {"scoresde": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "device": f"{job.config.device} ({platform.machine()}, {platform.system()}), {torch.get_num_threads()} threads",
         "cuda": torch.cuda.get_device_name() if job.training.device.type == "cuda" else None,
+        "processes": world, "mode": "one process" if world == 1 else "FSDP2" if job.config.sharded else "DistributedDataParallel",
         "network": type(net).__name__, "parameters": sum(p.numel() for p in net.parameters()), "sde": str(job.model.sde),
     }  # fmt: skip
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The numbers of the signals that have asked to stop: the first lets the step end, the second ends it there."""
+def _alone_in(folder: Path, group: Group) -> Iterator[None]:
+    """The folder locked by the first process, for all of the group."""
+    with ExitStack() as stack:
+        group.by_first(lambda: stack.enter_context(locked(folder)))
+        yield
+
+
+@contextmanager
+def _signals(group: Group) -> Iterator[list[int]]:
+    """The numbers of the signals that have asked to stop: the first lets the step end, the second ends it there.
+
+    Not in a group, where the terminal and torchrun both send what Ctrl-C is, and a step ends for all or for none.
+    """
     asked: list[int] = []
 
     def ask(number: int, _: FrameType | None) -> None:
-        if asked:
+        if asked and group.world == 1:
             _end(number)
         asked.append(number)
 
@@ -133,11 +147,11 @@ def _signals() -> Iterator[list[int]]:
 # --- checkpoints --------------------------------------------------------------------------------------------------------
 def _store(job: Job, folder: Path) -> None:
     """The averages of this step, for good: what an average of another length is made of afterwards."""
-    training, folder = job.training, folder / "averages"
-    if training.step not in steps(folder):  # a run that was killed comes by here again, with the same averages
+    training, folder, tensors = job.training, folder / "averages", job.training.tensors()
+    if job.group.first and training.step not in steps(folder):  # a run that was killed comes by here again, with the same averages
         widths = {e.name: e.std for e in training.emas if isinstance(e, PowerEMA)}
         config, state = job.described(), {"step": training.step, "widths": widths}
-        checkpoint.write(folder, training.step, training.tensors(), optimizer=None, config=config, state=state, keep=10**9)
+        checkpoint.write(folder, training.step, tensors, optimizer=None, config=config, state=state, keep=10**9)
 
 
 def average(folder: Path, std: float, step: int | None = None) -> Preconditioned:
@@ -159,20 +173,34 @@ def average(folder: Path, std: float, step: int | None = None) -> Preconditioned
     return model
 
 
-def _save(job: Job, folder: Path, pending: list[float]) -> None:
-    training, step = job.training, job.training.step
-    if not training.finite():
+def _save(job: Job, folder: Path, pending: list[float], logs: tuple[Log, ...], end: bool) -> str | None:
+    """Write a checkpoint; return why it could not be written, which at the end is raised. In a group the first writes, for all."""
+    training, step, group = job.training, job.training.step, job.group
+    if group.any(not training.finite()):
         raise NonFiniteError(
             f"step {step}: a parameter, average or buffer is not finite, and no checkpoint is made of it; lower the rate"
         )
+    tensors, moments = training.tensors(), training.moments()
     state = {
         **training.state(), "epoch": job.batches.epoch(step + 1), "position": job.batches.position(step + 1), "seed": job.config.seed,
         "pending": pending,
     }  # fmt: skip
-    checkpoint.write(
-        folder / "checkpoints", step, training.tensors(), optimizer=training.optimizer.state_dict(), config=job.described(), state=state,
-        keep=job.config.every.keep,
-    )  # fmt: skip
+
+    def write() -> str | None:
+        try:
+            for log in logs:
+                log.flush()
+            checkpoint.write(
+                folder / "checkpoints", step, tensors, optimizer=moments, config=job.described(), state=state,
+                keep=job.config.every.keep,
+            )  # fmt: skip
+        except OSError as error:
+            if end:
+                raise
+            return str(error)
+        return None
+
+    return group.by_first(write)
 
 
 def _resume(training: Training, found: checkpoint.Snapshot) -> list[float]:
@@ -187,64 +215,106 @@ def _resume(training: Training, found: checkpoint.Snapshot) -> list[float]:
     return pending
 
 
-def run(config: Config, folder: Path, *, overwrite: bool = False, say: Callable[[str], object] = print) -> dict[str, Any]:
+def run(
+    config: Config, folder: Path, *, overwrite: bool = False, say: Callable[[str], object] = print, group: Group = ALONE
+) -> dict[str, Any]:
     """Train as `config` says, in `folder`; return the summary. What is there of the same configuration is gone on with.
 
     In the folder: config.yaml (resolved), environment.json, metrics.jsonl and .csv (a row every log steps, and what is measured),
     speed.jsonl, checkpoints/step-*, samples/, validation and loss figures, and summary.json when all steps are done. A signal (Ctrl-C,
     SIGTERM) ends it after a step, with a checkpoint. A checkpoint that cannot be written is said and tried again at the next.
+
+    group: the processes that train together, which all call this alike and see the same folder; the first alone writes and says. A
+    checkpoint does not know of them: the same folder may be gone on with by more or fewer, sharded or not. What the first does alone
+    (learning features for a Frechet distance is the longest) must take less than the timeout of `scoresde.parallel.joined`.
     """
     if config.tensorboard:
         require_tensorboard()
-    with locked(folder), _signals() as asked:
-        job = prepare(config)  # before anything of an earlier run is touched
-        if overwrite:
-            _clean(folder)
-        _pin(config, folder)
-        for left in (folder, folder / "features", folder / "samples"):
-            if left.is_dir():
-                clear(left)
-        training, pending = job.training, list[float]()
-        newest = latest(folder / "checkpoints")
+    group.agree("the configuration", configs.dump(config))
+    with _alone_in(folder, group), _signals(group) as asked:
+        group.check_shared(folder)
+        with group.in_turn():  # data that are fetched are fetched once a machine
+            job = prepare(config, group)  # before anything of an earlier run is touched
+        group.agree("the data", job.fingerprint)
+        newest = group.by_first(lambda: _open(config, folder, overwrite))
+        pending = list[float]()
         if newest is not None:
             found = checkpoint.read(newest)
             if any(found.config.get(key) != value for key, value in job.described().items()):
                 raise FileExistsError(f"{newest} is of other data or another network than {config.data.source} now makes; {MEND}")
-            pending = _resume(training, found)
-        if training.step < config.steps:
-            (folder / "summary.json").unlink(missing_ok=True)  # it is of fewer steps, or of none
-        write_json(folder / "environment.json", _environment(job))
-        log = Log(folder, step=training.step, tensorboard=config.tensorboard)
-        speed, levels = Log(folder, "speed", training.step), Log(folder, "validation", training.step)
-        if training.step:
-            done = training.step == config.steps
-            say(f"all {config.steps} steps are done" if done else f"going on after step {training.step} of {config.steps}")
+            pending = _resume(job.training, found)
+            del found
+        job.described()  # while the network is what it is called
+        logs = _Unwritten(), _Unwritten(), _Unwritten()
+        with group.in_turn():
+            logs = _begin(job, folder) if group.first else logs
+        if config.sharded:
+            shard(job.training, group)
+        if job.training.step and group.first:
+            step, done = job.training.step, job.training.step == config.steps
+            say(f"all {config.steps} steps are done" if done else f"going on after step {step} of {config.steps}")
         try:
-            _loop(job, folder, (log, speed, levels), pending, asked)
+            _loop(job, folder, logs, pending, asked)
         finally:
-            log.close()
-        summary = _summary(job, log, speed)
-        for each in (log, speed, levels):
-            if each.rows:
-                each.table()
-        try:
-            reports.figures_of(folder, log.rows, levels.rows)
-        except ModuleNotFoundError:
-            warn("no figures without matplotlib: pip install 'scoresde[plots]'")
-        write_json(folder / "summary.json", summary)
-        words = ", ".join(f"{k} {v:.4f}" for k, v in summary.items() if isinstance(v, float))
-        say(f"step {training.step}: {words}; {training.skipped} steps skipped; in {folder}/")
-        return summary
+            logs[0].close()
+        return group.by_first(lambda: _finish(job, folder, logs, say))
+
+
+def _open(config: Config, folder: Path, overwrite: bool) -> Path | None:
+    """Make the folder this run's; return the checkpoint it goes on from."""
+    if overwrite:
+        _clean(folder)
+    _pin(config, folder)
+    for left in (folder, folder / "features", folder / "samples"):
+        if left.is_dir():
+            clear(left)
+    return latest(folder / "checkpoints")
+
+
+def _begin(job: Job, folder: Path) -> tuple[Log, Log, Log]:
+    """The logs of a run that goes on from the step where the training stands."""
+    step = job.training.step
+    if step < job.config.steps:
+        (folder / "summary.json").unlink(missing_ok=True)  # it is of fewer steps, or of none
+    write_json(folder / "environment.json", _environment(job))
+    log = Log(folder, step=step, tensorboard=job.config.tensorboard)
+    return log, Log(folder, "speed", step), Log(folder, "validation", step)
+
+
+def _finish(job: Job, folder: Path, logs: tuple[Log, Log, Log], say: Callable[[str], object]) -> dict[str, Any]:
+    """Tables, figures and summary of a run that has done all its steps."""
+    log, speed, levels = logs
+    summary = _summary(job, log, speed)
+    for each in logs:
+        if each.rows:
+            each.table()
+    try:
+        reports.figures_of(folder, log.rows, levels.rows)
+    except ModuleNotFoundError:
+        warn("no figures without matplotlib: pip install 'scoresde[plots]'")
+    write_json(folder / "summary.json", summary)
+    words = ", ".join(f"{k} {v:.4f}" for k, v in summary.items() if isinstance(v, float))
+    say(f"step {job.training.step}: {words}; {job.training.skipped} steps skipped; in {folder}/")
+    return summary
+
+
+class _Unwritten(Log):
+    """The log of a process that is not the first."""
+
+    def __init__(self) -> None:
+        self.rows, self._writer = [], None
+
+    def add(self, row: Any) -> None:
+        """Nothing."""
 
 
 def _loop(job: Job, folder: Path, logs: tuple[Log, Log, Log], pending: list[float], asked: list[int]) -> None:
     """All steps from where the training stands; `pending`: losses that no row of the log has yet."""
-    config, every = job.config, job.config.every
+    config, every, group = job.config, job.config.every, job.group
     log, speed, levels = logs
     watch, clock = Watch(job, folder, log, levels), _Clock(job.training.step)
-    bar = tqdm(
-        total=config.steps, initial=clock.first, desc="train", unit="step", mininterval=1.0, disable=clock.first == config.steps
-    )
+    quiet = clock.first == config.steps or not group.first
+    bar = tqdm(total=config.steps, initial=clock.first, desc="train", unit="step", mininterval=1.0, disable=quiet)
     with prefetched(job.batches, config.data.workers) as batches, bar:
         for step in job.fit(batches):
             n = step.step
@@ -262,20 +332,18 @@ def _loop(job: Job, folder: Path, logs: tuple[Log, Log, Log], pending: list[floa
                     _store(job, folder)
                 except (OSError, ValueError) as error:
                     warn(f"the training goes on without stored averages of step {n}: {error}")
-            stop = asked[:1]  # read once: a signal may come at any time
+            # Read once: a signal may come at any time, and to one process before another. A word of its own, not one with those of the
+            # next step, whose batch would have been drawn for nothing; `fit` need not know of signals.
+            stop = next((number for (number,) in group.numbers(*(asked[:1] or [0])) if number), 0)
             end = bool(stop) or n == config.steps
             if end or (every.checkpoint and n % every.checkpoint == 0):
-                try:
-                    log.flush()
-                    levels.flush()
-                    _save(job, folder, pending)
-                except OSError as error:
-                    if end:
-                        raise
-                    warn(f"the training goes on without a checkpoint of step {n}: {error}")
+                why = _save(job, folder, pending, (log, levels), end)
+                if why is not None and group.first:
+                    warn(f"the training goes on without a checkpoint of step {n}: {why}")
             if stop:
-                warn(f"stopped after step {n}, which is in a checkpoint: the same command goes on")
-                _end(stop[0])
+                if group.first:
+                    warn(f"stopped after step {n}, which is in a checkpoint: the same command goes on")
+                _end(stop)
 
 
 def _row(job: Job, step: Step, losses: list[float]) -> dict[str, Any]:

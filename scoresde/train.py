@@ -9,17 +9,21 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checks import NonFiniteError, check_callable, check_count, check_finite, check_number, check_state, shape_of
 from .denoiser import Denoiser, Preconditioned, check_denoiser
 from .ema import EMA
 from .loss import Objective, Times, Weight, dsm_loss, edm, log_normal, stratified
 from .noise import INITIAL, entropy_seeds, seeded
+from .parallel import ALONE, Group
+from .pieces import local
+from .sharded import Together
 from .training import Training
 
 __all__ = ["Step", "Training", "fit", "loss_by_level"]
@@ -44,6 +48,7 @@ def fit(
     rate: Callable[[int], float] | None = None, clip: float = 1.0, accumulate: int = 1, precision: torch.dtype | None = None,
     label_dropout: float = 0.0, transform: Callable[[Tensor, torch.Generator], Tensor] | None = None, patience: int = 8,
     compile: bool = False, steps: int | None = None, seed: int | None = None, generator: torch.Generator | None = None,
+    group: Group = ALONE,
 ) -> Iterator[Step]:  # fmt: skip
     """Train by denoising score matching; yield a Step an optimizer step.
 
@@ -59,6 +64,12 @@ def fit(
 
     It is a generator: nothing happens until it is looped over, and the denoiser is left in train mode (an average is in eval mode).
     Raises ValueError for NaN in data. In parts, the loss is the same sum: only its rounding differs.
+
+    group: the processes that train together (`scoresde.parallel.joined`), each of which calls `fit` alike, with its rows of every batch,
+    in the order of ranks: Batches(..., rank=group.rank, world=group.world). Times, noise and dropped labels are those of the whole
+    batch, and `transform` is given one in which the others' rows are 0, so that a step is that of one process to rounding, for any number
+    of them; dropout layers alone draw otherwise, and what a forward pass writes into buffers is the first process's. All stop when one
+    has no more batches, and when one fails. Plain, this is DistributedDataParallel; of a Training that is sharded, FSDP2 (`sharded.shard`).
     """
     if not isinstance(denoiser, Training):
         training = Training(denoiser, optimizer, ema, objective=objective, precision=precision)
@@ -79,56 +90,62 @@ def fit(
     if generator is not None and seed is not None:
         raise TypeError(f"generator and seed={seed} are given; wanted a torch.Generator or a seed, not both")
     if seed is None:  # of a generator, for dropout layers alone
-        seed = entropy_seeds(1)[0] if generator is None else generator.initial_seed()
+        seed = group.by_first(lambda: entropy_seeds(1)[0]) if generator is None else generator.initial_seed()
     check_count(seed, "seed", 0)
     if rate is not None:
         check_callable(rate, "rate", "a function (step) -> factor on the learning rate")
     stream = _numbered(batches, training.step, None if steps is None else check_count(steps, "steps", 0))
     if transform is not None:
         check_callable(transform, "transform", "a function (batch, generator) -> x0")
+    if group.world > 1:
+        drawing = None if generator is None else hashlib.blake2b(generator.get_state().numpy().tobytes()).hexdigest()
+        group.agree(
+            "seed, steps or settings of fit", repr((seed, steps, drawing, clip, accumulate, label_dropout, patience, compile))
+        )
+        group.agree("the training (parameters, averages, optimizer, step)", training.digest())
     model, scaler, parameters = _compiled(training.denoiser) if compile else training.denoiser, training.scaler, training.parameters
-    for group in training.optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
+    for options in training.optimizer.param_groups:
+        options.setdefault("initial_lr", options["lr"])
     training.denoiser.train()
-    for number, batch in stream:
-        x0, cond = _parts(batch, number)
+    together = Together(training, model, weight, group)
+    for share in together.shares(stream, partial(_parts, plain=transform is None)):
+        number, cond, rows, total = share.number, share.cond, share.rows, share.total
         draws = generator or torch.Generator(training.device).manual_seed(_key(seed, number))
-        x0 = x0.to(training.device, non_blocking=True)
-        if transform is None and not x0.is_floating_point():
-            raise TypeError(
-                f"batch {number} is {shape_of(x0)}; wanted transform=, which makes integers x0 in the model's range, as "
-                "scoresde.reports.Scale(Quantized(256)) does"
-            )
-        x0 = check_finite(check_state(x0 if transform is None else transform(x0, draws), "x0"), "x0")
-        u = torch.rand(len(x0), generator=draws, dtype=torch.float64, device=draws.device).to(x0.device)
-        noise = torch.randn(x0.shape, generator=draws, dtype=x0.dtype, device=draws.device).to(x0.device)
-        t = drawn(model.sde, u).reshape(-1, *[1] * (x0.ndim - 1))
+        x0 = share.x0.to(training.device, non_blocking=True)
+        if transform is not None:
+            x0 = together.transformed(share, x0, lambda x, draws=draws: transform(x, draws))
+            check_finite(check_state(x0, "x0"), "x0")
+        u = torch.rand(total, generator=draws, dtype=torch.float64, device=draws.device).to(x0.device)
+        noise = torch.randn((total, *x0.shape[1:]), generator=draws, dtype=x0.dtype, device=draws.device)[rows].to(x0.device)
+        t = drawn(model.sde, u).reshape(-1, *[1] * (x0.ndim - 1))[rows]
         if cond is None and label_dropout:
             raise ValueError(f"label_dropout is {label_dropout:g} and batch {number} has no labels; wanted pairs (x0, cond), or 0")
-        cond = _labels(cond, label_dropout, model, draws)
+        cond = _labels(cond, label_dropout, model, draws, rows, total)
         kept = [(module, name, b.clone()) for module, name, b in training.buffers()]  # a skipped step must leave no trace in them
-        for group in training.optimizer.param_groups if rate is not None else ():
-            group["lr"] = group["initial_lr"] * check_number(rate(number), f"rate({number})", 0.0)  # type: ignore[not-callable]
+        for options in training.optimizer.param_groups if rate is not None else ():
+            options["lr"] = options["initial_lr"] * check_number(rate(number), f"rate({number})", 0.0)  # type: ignore[not-callable]
         training.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=x0.device)
-        with _seeded(_key(seed, -number), x0.device):  # another key than that of the draws
-            for part in _shares(len(x0), accumulate):
-                inner = model if cond is None else model.condition(cond[part])  # type: ignore[attr-defined]
-                with torch.autocast(x0.device.type, training.precision, enabled=training.precision is not None):
-                    losses = training.objective(inner, x0[part], t[part], weight, noise[part])
-                    if not isinstance(losses, Tensor) or losses.shape != t[part].shape[:1]:
-                        raise ValueError(
-                            f"the objective returned {shape_of(losses)}; wanted a loss a row, [{len(t[part])}]: no mean"
-                        )
-                    part_loss = losses.sum() / len(x0)
-                scaler.scale(part_loss).backward()
-                total += part_loss.detach()
+        alone = group.world == 1
+        summed = torch.zeros((), dtype=torch.float32 if alone else torch.float64, device=x0.device)
+        with _seeded(_key(seed, -number, *(() if alone else (group.rank,))), x0.device):  # another key than that of the draws
+            parts = _shares(len(x0), min(accumulate, share.least))  # as many in every process: each gathers what is sharded
+            for part in parts:
+                with together.holding(part is parts[-1]):
+                    with torch.autocast(x0.device.type, training.precision, enabled=training.precision is not None):
+                        losses = together(x0[part], t[part], None if cond is None else cond[part], noise[part])
+                        part_loss = losses.sum() / total
+                    scaler.scale(part_loss if alone else part_loss * group.world).backward()  # of which the mean is taken
+                summed += part_loss.detach()
+        together.settle()
         scaler.unscale_(training.optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, clip)
-        grad_norm, loss = float(norm), float(total)
+        changed = lambda kept=kept: not all(torch.equal(module.get_buffer(name), before) for module, name, before in kept)
+        loss, grad_norm, spread = together.measured(summed, changed)
+        grad_norm = together.clip(clip, grad_norm)
         good = math.isfinite(grad_norm) and math.isfinite(loss)
         if good:
             scaler.step(training.optimizer)
+            if spread:
+                together.spread_buffers()
             for e in training.emas:
                 e.update(training.denoiser)
         else:
@@ -138,7 +155,7 @@ def fit(
             scaler.update()
         training.step, training.skipped = number, training.skipped + (not good)
         training.in_a_row = 0 if good else training.in_a_row + 1
-        sick = not good and not all(bool(p.isfinite().all()) for p in parameters)
+        sick = not good and group.any(not all(bool(local(p).isfinite().all()) for p in parameters))
         if sick or training.in_a_row >= patience:
             state = "an earlier update has made the parameters so" if sick else "the parameters are as they were before these"
             raise NonFiniteError(
@@ -151,33 +168,38 @@ def fit(
 @torch.no_grad()
 def loss_by_level(
     denoiser: Denoiser, x0: Tensor, levels: int = 16, *, cond: Tensor | None = None, weight: Weight = edm, seed: int = 0,
-    batch: int = 256,
+    batch: int = 256, group: Group = ALONE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(logsnr, mean loss) at `levels` noise levels, uniform in logsnr from t_min to t_max: where a network is good, and where not.
 
     x0 `[N, *shape]`: held-out data; cond: their labels, for a Preconditioned denoiser that has some. The noise is a function of (seed,
     row, level), so that curves of two networks, or of two steps of one, differ by the networks alone. N levels evaluations, `batch` at
-    a time; in the mode the denoiser is in. float64 `[levels]` each.
+    a time; in the mode the denoiser is in. float64 `[levels]` each. group: processes that share the batches, to the same bits.
     """
     check_finite(check_state(x0, "x0"), "x0")
     sde = check_denoiser(denoiser).sde
     ends = sde.logsnr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64))
     logsnr = torch.linspace(float(ends[0]), float(ends[1]), check_count(levels, "levels", 2), dtype=torch.float64)
     times = sde.time(logsnr).clamp(sde.t_min, sde.t_max)
-    sums = torch.zeros(levels, dtype=torch.float64)
-    for start in range(0, len(x0), check_count(batch, "batch")):
+    starts = range(0, len(x0), check_count(batch, "batch"))
+    mine = []
+    for start in starts[group.share(len(starts))]:
         rows = x0[start : start + batch]
         model = denoiser if cond is None else denoiser.condition(cond[start : start + batch])  # type: ignore[missing-attribute]
         first = ((seed % 2**32) << 32) + start
         noise = seeded(range(first, first + len(rows)))
-        for k, t in enumerate(times):
-            sums[k] += dsm_loss(model, rows, t, weight, noise.draw(rows, INITIAL)).double().sum().cpu()
+        mine.append([float(dsm_loss(model, rows, t, weight, noise.draw(rows, INITIAL)).double().sum()) for t in times])
+    sums = torch.zeros(levels, dtype=torch.float64)
+    for found in group.objects(mine):  # in the order of the rows
+        for part in found:
+            sums += torch.tensor(part, dtype=torch.float64)
     return logsnr, sums / len(x0)
 
 
-def _key(seed: int, step: int) -> int:
-    """63 bits of (seed, step)."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=8).digest(), "big") >> 1
+def _key(*numbers: int) -> int:
+    """63 bits of (seed, step), or of more numbers."""
+    text = " ".join(map(str, numbers))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 @contextmanager
@@ -215,11 +237,11 @@ def _counted(batches: Iterable[Any], last: int | None) -> Iterator[tuple[int, An
     if last is not None and number < last:
         warnings.warn(
             f"the batches ended after step {number} of {last}; wanted an iterable that goes on, or a function of the step, as data.Batches",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _parts(batch: Any, number: int) -> tuple[Tensor, Tensor | None]:
+def _parts(batch: Any, number: int, plain: bool) -> tuple[Tensor, Tensor | None]:
     parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch, None)
     if len(parts) != 2:
         raise ValueError(f"batch {number} has {len(parts)} parts; wanted a tensor x0 or a pair (x0, cond): (b[0] for b in batches)")
@@ -227,6 +249,13 @@ def _parts(batch: Any, number: int) -> tuple[Tensor, Tensor | None]:
         raise TypeError(f"the labels of batch {number} are {shape_of(parts[1])}; wanted a tensor [B]: torch.tensor(labels)")
     if not isinstance(parts[0], Tensor) or not len(parts[0]):
         raise TypeError(f"batch {number} is {shape_of(parts[0])}; wanted a tensor [B, *shape] with rows: torch.as_tensor(...)")
+    if plain and not parts[0].is_floating_point():
+        raise TypeError(
+            f"batch {number} is {shape_of(parts[0])}; wanted transform=, which makes integers x0 in the model's range, as "
+            "scoresde.reports.Scale(Quantized(256)) does"
+        )
+    if plain:
+        check_finite(check_state(parts[0], "x0"), "x0")
     return parts
 
 
@@ -235,7 +264,10 @@ def _shares(n: int, parts: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(ends) if a < b]
 
 
-def _labels(cond: Tensor | None, dropout: float, model: Denoiser, generator: torch.Generator) -> Tensor | None:
+def _labels(
+    cond: Tensor | None, dropout: float, model: Denoiser, generator: torch.Generator, rows: slice, total: int
+) -> Tensor | None:
+    """The labels of these rows of a batch of `total`, a share of them left out."""
     if cond is None:
         return None
     if not isinstance(model, Preconditioned):
@@ -244,7 +276,7 @@ def _labels(cond: Tensor | None, dropout: float, model: Denoiser, generator: tor
         return cond
     if cond.dtype != torch.int64:
         raise TypeError(f"label_dropout is {dropout}, and cond is {shape_of(cond)}; wanted int64 labels, of which -1 is none")
-    dropped = torch.rand(len(cond), generator=generator, device=generator.device) < dropout
+    dropped = torch.rand(total, generator=generator, device=generator.device)[rows] < dropout
     return cond.masked_fill(dropped.to(cond.device), -1)
 
 

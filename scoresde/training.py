@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +14,7 @@ from .checks import check_callable, check_count, shape_of
 from .denoiser import Denoiser, Preconditioned, check_denoiser
 from .ema import EMA
 from .loss import Objective, dsm_loss
+from .pieces import cut, in_pieces, local, whole
 
 __all__ = ["Training"]
 
@@ -25,7 +28,8 @@ class Training:
     optimizer: default AdamW(lr=1e-3) on the parameters of denoiser and objective; ema: one average or several, updated after every
     step; objective: (denoiser, x0, t, weight, noise) -> loss `[B]`, a module if it has parameters of its own; precision: None, or
     torch.bfloat16 or torch.float16 for the network's arithmetic (autocast; the parameters stay as they are). `state()` and
-    `restore()` are all of it as tensors and plain numbers: what a checkpoint keeps.
+    `restore()` are all of it as tensors and plain numbers: what a checkpoint keeps, the same for a training that is sharded over
+    processes (`scoresde.sharded.shard`); `tensors()`, `moments()` and `whole()` are then calls of all of them.
     """
 
     def __init__(
@@ -67,6 +71,13 @@ class Training:
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=HALVES.get(precision, False))  # type: ignore[bad-argument-type]
         self.step = self.skipped = self.in_a_row = 0
+        self.skeleton: nn.Module | None = None  # of a sharded training: the denoiser without its parameters, as it was
+        self.inside = False  # while the objective runs
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a piece of every parameter (FSDP2)."""
+        return self.skeleton is not None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -85,7 +96,34 @@ class Training:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """By file name: model, each average, the objective if it is a module."""
-        return {name: dict(module.state_dict()) for name, module in self._modules().items()}
+        return {name: {k: _gathered(v) for k, v in module.state_dict().items()} for name, module in self._modules().items()}
+
+    def moments(self) -> dict[str, Any]:
+        """The state_dict of the optimizer, of whole tensors."""
+        found = self.optimizer.state_dict()
+        if not self.sharded:
+            return found
+        return {**found, "state": {n: {k: _gathered(v) for k, v in each.items()} for n, each in found["state"].items()}}
+
+    def whole(self, module: Any) -> Any:
+        """The denoiser or an average of it: itself, or of a sharded training a whole copy, to be looked at and thrown away."""
+        if self.skeleton is None:
+            return module
+        with torch.no_grad():
+            full = [nn.Parameter(whole(p).to(self.device), requires_grad=False) for p in module.parameters()]
+        made = copy.deepcopy(self.skeleton, {id(a): b for a, b in zip(self.skeleton.parameters(), full, strict=True)})
+        for mine, its in zip(made.buffers(), module.buffers(), strict=True):
+            mine.copy_(its)
+        return made.train(module.training)
+
+    def digest(self) -> str:
+        """Of every tensor that is in one piece, to the bit, and of the counts: processes that train together start alike."""
+        found = hashlib.blake2b(repr(self.state()).encode(), digest_size=16)
+        moments = [v for each in self.optimizer.state.values() for v in each.values()]
+        for v in [*(v for module in self._modules().values() for v in module.state_dict().values()), *moments]:
+            if isinstance(v, Tensor) and not in_pieces(v):
+                found.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     def state(self) -> dict[str, Any]:
         """The rest, as plain numbers; the optimizer's state apart."""
@@ -100,14 +138,14 @@ class Training:
         return [(m, n, b) for root in roots for m in root.modules() for n, b in m.named_buffers(recurse=False)]
 
     def finite(self) -> bool:
-        """Whether every parameter, average and buffer is: what is stored must be worth going on from."""
-        floats = [v for part in self.tensors().values() for v in part.values() if v.is_floating_point()]
+        """Whether every parameter, average and buffer is: what is stored must be worth going on from. Of this process's pieces."""
+        floats = [local(v) for m in self._modules().values() for v in m.state_dict().values() if v.is_floating_point()]
         return all(bool(v.isfinite().all()) for v in floats)
 
     def restore(
         self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], optimizer: Mapping[str, Any] | None
     ) -> None:
-        """Set everything to what `tensors()`, `state()` and `optimizer.state_dict()` gave; ValueError for another training's."""
+        """Set everything to what `tensors()`, `state()` and `moments()` gave; ValueError for another training's."""
         modules = self._modules()
         if missing := sorted(modules.keys() ^ tensors.keys()):
             raise ValueError(f"the checkpoint and this training differ in {missing}: same averages, same objective as then")
@@ -123,18 +161,32 @@ class Training:
             updates = {e.name: check_count(state["updates"][e.name], e.name, 0) for e in self.emas}
             scale = {} if not self.scaler.is_enabled() else {key: state["scaler"][key] for key in self.scaler.state_dict()}
             if optimizer is not None:
-                self.optimizer.load_state_dict(dict(optimizer))
+                self.optimizer.load_state_dict(self._cut(optimizer))
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the checkpoint does not fit this training ({type(error).__name__}: {error}): same optimizer as then"
             ) from error
         for name, module in modules.items():
-            module.load_state_dict(dict(tensors[name]))
+            here = module.state_dict()
+            module.load_state_dict({key: cut(value, here[key]) for key, value in tensors[name].items()})
         for e in self.emas:
             e.updates = updates[e.name]
         if scale:
             self.scaler.load_state_dict(scale)
         self.step, self.skipped, self.in_a_row = counts
+
+    def _cut(self, optimizer: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of an optimizer, each moment in pieces where its parameter is."""
+        numbers = [n for group in optimizer["param_groups"] for n in group["params"]]
+        of = dict(zip(numbers, self.parameters, strict=True))
+        like = lambda v, p: isinstance(v, Tensor) and v.shape == p.shape
+        state = {n: {k: cut(v, of[n]) if like(v, of[n]) else v for k, v in each.items()} for n, each in optimizer["state"].items()}
+        return {**optimizer, "state": state}
+
+
+def _gathered(value: Any) -> Any:
+    """What a checkpoint keeps of a value: on the host, where it had to be put together."""
+    return whole(value).cpu() if in_pieces(value) else value
 
 
 def _check_moments(optimizer: torch.optim.Optimizer, found: Mapping[str, Any], kind: Any) -> None:

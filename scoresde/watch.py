@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,12 +26,15 @@ from .train import loss_by_level
 
 __all__ = ["Watch"]
 
+T = TypeVar("T")
+FORGIVEN = (ArithmeticError, ModuleNotFoundError, OSError, ValueError)  # a picture or a score is not worth the training
+
 
 class Watch:
-    """The reports of a run, each of which leaves the training as it was."""
+    """The reports of a run, each of which leaves the training as it was. The processes of a group share the work; the first writes."""
 
     def __init__(self, job: Job, folder: Path, log: Log, levels: Log) -> None:
-        self.job, self.folder, self.log, self.levels = job, folder, log, levels
+        self.job, self.folder, self.log, self.levels, self.group = job, folder, log, levels, job.group
         self.scorer: Scorer | None = None
         self.shape = tuple(job.source.shape)
         self.classes = job.source.classes if job.config.data.conditional else 0
@@ -65,7 +69,6 @@ class Watch:
     def __call__(self, step: int) -> None:
         """After a step: what is due then, or at the last one."""
         every = self.job.config.every
-        forgiven = (ArithmeticError, ModuleNotFoundError, OSError, ValueError)  # a picture or a score is not worth the training
         for period, report in ((every.validate, self.validate), (every.sample, self.sample), (every.fid, self.fid)):
             if period and (step % period == 0 or step == self.job.config.steps):
                 average = self.job.average
@@ -73,10 +76,35 @@ class Watch:
                 average.eval()
                 try:
                     report(step, average)
-                except forgiven as error:
-                    warn(f"step {step}: no {report.__name__}: {error}")
+                except FORGIVEN as error:
+                    if self.group.first:
+                        warn(f"step {step}: no {report.__name__}: {error}")
                 finally:
                     average.train(mode)
+
+    def _alike(self, work: Callable[[], T]) -> T | None:
+        """What the work returns; what it raises and is forgiven in one process is raised in all, at the same place."""
+        found, failure = None, None
+        try:
+            found = work()
+        except FORGIVEN as error:
+            failure = error
+        told = [text for text in self.group.objects(None if failure is None else str(failure)) if text is not None]
+        if failure is not None or told:
+            raise failure or ValueError(told[0])
+        return found
+
+    def _first(self, work: Callable[[], object]) -> None:
+        """The work in the first process, for which the others wait."""
+        self._alike(lambda: work() if self.group.first else None)
+
+    def _drawn(self, model: Preconditioned, count: int) -> Tensor:
+        """Samples of the seeds 0 .. count - 1, in the first process; nothing in the others."""
+        draw = lambda: reports.draw(model, self.shape, count, self.job.config.samples.nfe, self.classes, group=self.group)
+        if self.group.world == 1:
+            return draw()
+        parts = self.group.to_first(self._alike(lambda: draw().cpu()))
+        return torch.cat(parts) if parts else torch.empty(0)  # type: ignore[no-matching-overload]
 
     @cached_property
     def _held_out(self) -> tuple[Tensor, Tensor | None]:
@@ -89,7 +117,7 @@ class Watch:
         """The loss of what is held out, by noise level and its mean."""
         x0, cond = self._held_out
         weight = build(self.job.config.weight, configs.WEIGHTS, "weight")
-        logsnr, loss = loss_by_level(model, x0, cond=cond, weight=weight, seed=self.job.config.seed)
+        logsnr, loss = loss_by_level(model, x0, cond=cond, weight=weight, seed=self.job.config.seed, group=self.group)
         for a, b in zip(logsnr.tolist(), loss.tolist(), strict=True):
             self.levels.add({"step": step, "logsnr": a, "loss": b})
         self.log.add({"step": step, "validation_loss": float(loss.mean())})
@@ -97,17 +125,24 @@ class Watch:
     def sample(self, step: int, model: Preconditioned) -> None:
         """A grid of samples; its seeds are the same at every step."""
         chosen = self.job.config.samples
-        (self.folder / "samples").mkdir(exist_ok=True)
-        x = reports.draw(model, self.shape, chosen.count, chosen.nfe, self.classes)
+        x = self._drawn(model, chosen.count)
         data = lambda: self.job.seen(self.job.source, 1000)
-        reports.show(self.folder / "samples" / f"step-{step:08d}.png", x, data, self.job.scale, chosen.columns)
+
+        def show() -> None:
+            (self.folder / "samples").mkdir(exist_ok=True)
+            reports.show(self.folder / "samples" / f"step-{step:08d}.png", x, data, self.job.scale, chosen.columns)
+
+        self._first(show)
 
     def fid(self, step: int, model: Preconditioned) -> None:
         """Frechet distance of samples to the held-out data, or to the training's where nothing is held out."""
-        chosen = self.job.config.samples
-        scorer = self.scorer = self.scorer or self._scorer()
-        value = scorer(reports.draw(model, self.shape, chosen.fid, chosen.nfe, self.classes))
-        self.log.add({"step": step, scorer.name: value})
+        x = self._drawn(model, self.job.config.samples.fid)
+
+        def score() -> None:
+            scorer = self.scorer = self.scorer or self._scorer()
+            self.log.add({"step": step, scorer.name: scorer(x)})
+
+        self._first(score)
 
     def _scorer(self) -> Scorer:
         job, chosen = self.job, self.job.config.samples

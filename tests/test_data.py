@@ -222,12 +222,13 @@ def test_seeds_give_other_orders():
     assert rows_of(Batches(SOURCE, 64, seed=1)(1)) != rows_of(Batches(SOURCE, 64, seed=2)(1))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 6])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 6, 66])
 def test_the_parts_of_the_ranks_make_the_batch(world):
     whole = Batches(SOURCE, 66, seed=3, flip=True)
     for step in (1, 16, 17):  # 16 crosses the end of an epoch
         parts = [Batches(SOURCE, 66, seed=3, flip=True, rank=r, world=world)(step) for r in range(world)]
         assert same(tuple(torch.cat(p) for p in zip(*parts, strict=True)), whole(step))
+        assert {len(x) for x, _ in parts} <= {66 // world, 66 // world + 1}
 
 
 def test_a_batch_may_hold_many_epochs():
@@ -286,7 +287,7 @@ def test_a_batch_is_its_own_memory():
         (dict(batch=0), ValueError, "at least 1"),
         (dict(batch=2.0), TypeError, "an integer"),
         (dict(batch=True), TypeError, "an integer"),
-        (dict(world=3), ValueError, "a multiple"),
+        (dict(world=65), ValueError, "batch is 64 for 65 ranks; wanted at least a row each"),
         (dict(world=0), ValueError, "at least 1"),
         (dict(world=2, rank=2), ValueError, "wanted 0 .. 1"),
         (dict(rank=-1), ValueError, "at least 0"),
