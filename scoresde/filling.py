@@ -189,9 +189,9 @@ class Filling:
 
     def _home(self, page: int) -> tuple[dict[int, Row], list[Path]]:
         """All rows of a page, now in its file, and the files where they came from, which other machines may show late."""
-        stem, folder = self.pages.path(page).stem, self.pages.folder / ROWS
+        folder, start = self.pages.folder / ROWS, f"{self.pages.path(page).stem}.{self.run[:8]}.rank"
         for _ in range(PATIENCE):
-            segments = sorted(folder.glob(f"{stem}.{self.run[:8]}.rank*.csv"))
+            segments = sorted(path for path in folder.iterdir() if path.name.startswith(start))
             rows = self.pages.rows(self.pages.path(page), page)
             for path in segments:
                 rows |= self.pages.rows(path, page)

@@ -34,22 +34,19 @@ from .pages import PATIENCE, Facts, Pages
 from .parallel import Group
 from .resume import WRITING
 from .sample import default_solver, sample
-from .samples import Layout, digest, files, folders
+from .samples import COSTS, MEND, Layout, digest, files, folders, samples_of, table
 from .seeds import Seeds, parse_seeds
 from .solve import plan
 from .solvers import Solver
 from .store import write_file
 from .strict import nearest
 
-__all__ = ["Settings", "parse_seeds", "parse_solver", "run"]
+__all__ = ["Settings", "parse_seeds", "parse_solver", "run", "samples_of"]
 
 NFE = 35  # where no budget is given
 MANY = 10_000  # files a folder holds before each thousand gets one of its own
 SHOWN = 64  # samples in the grid
 FIRST = Seeds((range(SHOWN),))
-COSTS = ("score", "denoise", "rejected", "network")  # of the ledger; a row has the means over its batch
-COLUMNS = ("seed", "file", "label", "nfe", "status", *COSTS, "digest")
-MEND = "choose another --out, or pass --overwrite to start afresh"
 
 
 def _is_plain(value: Any) -> bool:
@@ -249,16 +246,9 @@ def _pinned(config: Mapping[str, Any], sha256: str, settings: Settings, solver: 
     }  # fmt: skip
 
 
-def _pages(out: Path, settings: Settings) -> Pages:
-    """The table of the seeds; a good row is of a sample that is in the file it names."""
-    good = lambda row: row[4] == "0" and row[1] == settings.file(int(row[0]))
-    facts = lambda rows: Facts.of(COLUMNS, rows, ("nfe", *COSTS))
-    return Pages(out, "samples", COLUMNS, ("file", "digest"), MEND, settings.seeds, settings.batch, good, facts)
-
-
 def _begin(out: Path, settings: Settings, overwrite: bool) -> None:
     """Drop what earlier runs left where that is asked for; FileExistsError where samples are of no run."""
-    pages = _pages(out, settings)
+    pages = table(out, settings.layout, settings.seeds)
     if not (out / "settings.json").exists() and (pages.files() or any(files(out))):
         raise FileExistsError(f"{out} holds samples and no settings.json to say of what; choose another --out")
     if overwrite:
@@ -337,7 +327,11 @@ def run(
             fitted = replace(settings, subdirs=_subdirs(out, settings))
             pinned = _pinned(config, sha256, fitted, solver, times)
             resume.pin(out, pinned, MEND)
-            return fitted.subdirs, pinned, begin(_pages(out, fitted), there, {"seeds": str(fitted.seeds)}, "grid.png")
+            return (
+                fitted.subdirs,
+                pinned,
+                begin(table(out, fitted.layout, fitted.seeds), there, {"seeds": str(fitted.seeds)}, "grid.png"),
+            )
 
         subdirs, pinned, begun = group.by_first(first)
         if begun.found is not None:
@@ -345,7 +339,7 @@ def run(
                 say(f"all {settings.seeds.count} samples are there: nothing to compute\n{_words(begun.found, out)}")
             return begun.found
         settings = replace(settings, subdirs=subdirs, device=device)
-        filling = Filling(_pages(out, settings), begun, there, group)
+        filling = Filling(table(out, settings.layout, settings.seeds), begun, there, group)
         arguments = lambda piece: (folder, text, settings, out, piece.first, piece.wanted, piece.known)
         computed = filling.fill(processes, draw, arguments, lambda piece, rows: rows, "sample", "seed")
         more = {

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -28,6 +29,8 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from .resume import WRITING, rows_of, text_of
 from .seeds import Seeds
@@ -222,7 +225,7 @@ class Pages:
                     found = json.loads(line)
                     page = found["page"]
                     good = page in numbers and found["asked"] == self._asked(page)
-                    if good and found["bytes"] == self.path(page).stat().st_size:
+                    if good and line.endswith(b"\n") and found["bytes"] == self.path(page).stat().st_size:
                         yield found
 
     def gather(self) -> None:
@@ -230,15 +233,18 @@ class Pages:
         paths = [self.folder / RECORDS, *sorted((self.folder / ROWS).glob("pages.*.jsonl"))]
         if not paths[1:]:
             return
-        at: dict[int, int] = {}  # of a billion indices two megabytes
+        pages, places = array("q"), array("q")  # of a billion indices less than a megabyte
         for k, path in enumerate(paths):
             with suppress(FileNotFoundError), path.open("rb") as file:
                 offset = 0
                 for line in file:
                     if (found := LINE.match(line)) and line.endswith(b"\n"):  # else torn
-                        at[int(found[1])] = offset * len(paths) + k
+                        pages.append(int(found[1]))
+                        places.append(offset * len(paths) + k)
                     offset += len(line)
-        write_file(self.folder / RECORDS, _lines(paths, (at[page] for page in sorted(at))), self.folder / WRITING)
+        order = np.argsort(np.array(pages), kind="stable")
+        newest = np.append(np.diff(np.array(pages)[order]) > 0, True)[: len(order)]
+        write_file(self.folder / RECORDS, _lines(paths, np.array(places)[order[newest]]), self.folder / WRITING)
         for path in paths[1:]:
             path.unlink()
 
@@ -290,17 +296,17 @@ class Pages:
         """
         for attempt in range(patience):
             time.sleep(0.5 if attempt else 0.0)
-            if found := self._sums_of_many() if self.many else self._sums_of_one():
+            self.gather()
+            if found := self.seen():
                 return found
         raise RuntimeError(f"{self.folder} has not all the rows that were computed: has something else changed it? Run again")
 
-    def _sums_of_one(self) -> tuple[Facts, str] | None:
-        page = self.numbers.ranges[0].start
-        rows = self.rows(self.path(page), page)
-        return None if self.lacking(rows, page) else self.summed(rows, page)
-
-    def _sums_of_many(self) -> tuple[Facts, str] | None:
-        self.gather()
+    def seen(self) -> tuple[Facts, str] | None:
+        """As `sums`, None where a row is missing, of what is at home: it writes nothing."""
+        if not self.many:
+            page = self.numbers.ranges[0].start
+            rows = self.rows(self.path(page), page)
+            return None if self.lacking(rows, page) else self.summed(rows, page)
         total, pages, digest = Facts(), 0, hashlib.sha256()
         for found in self.records():
             digest.update(f"{found['sha256']}\n".encode())
@@ -332,7 +338,7 @@ def _lines(paths: Sequence[Path], places: Iterable[int]) -> Iterator[bytes]:
     with ExitStack() as stack:
         files: dict[int, BinaryIO] = {}
         for place in places:
-            offset, k = divmod(place, len(paths))
+            offset, k = divmod(int(place), len(paths))
             file = files.get(k) or files.setdefault(k, stack.enter_context(paths[k].open("rb")))
             file.seek(offset)
             yield file.readline()

@@ -1,4 +1,4 @@
-"""The files of samples: what they are called, and how the samples of a whole folder are read."""
+"""The files of samples: what they are called, their table, and how the samples of a whole folder are read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from . import images
-from .seeds import parse_seeds
+from .pages import Facts, Pages
+from .seeds import Seeds, parse_seeds
 
-__all__ = ["FILE", "Layout", "Samples", "digest", "files", "folders", "samples_of"]
+__all__ = ["COLUMNS", "COSTS", "FILE", "MEND", "Layout", "Samples", "digest", "files", "folders", "samples_of", "table"]
+
+COSTS = ("score", "denoise", "rejected", "network")  # of the ledger; a row has the means over its batch
+COLUMNS = ("seed", "file", "label", "nfe", "status", *COSTS, "digest")
+MEND = "choose another --out, or pass --overwrite to start afresh"
 
 FILE = re.compile(r"[0-9]{8,20}\.png|samples-[0-9]{8,20}-[0-9]{8,20}\.npz")
 FOLDER = re.compile(r"[0-9]{8,20}")
@@ -68,6 +73,13 @@ def files(out: Path) -> Iterator[Path]:
     return (path for folder in folders(out) for path in folder.iterdir() if FILE.fullmatch(path.name) and path.is_file())
 
 
+def table(out: Path, layout: Layout, seeds: Seeds) -> Pages:
+    """The table of the seeds; a good row is of a sample that is in the file it names."""
+    good = lambda row: row[4] == "0" and row[1] == layout.file(int(row[0]))
+    facts = lambda rows: Facts.of(COLUMNS, rows, ("nfe", *COSTS))
+    return Pages(out, "samples", COLUMNS, ("file", "digest"), MEND, seeds, layout.batch, good, facts)
+
+
 @dataclass(frozen=True)
 class Samples:
     """`read(first, stop)` -> samples first .. stop - 1 in the order of their seeds, `[n, *shape]`: levels, or floats where levels is None.
@@ -100,6 +112,9 @@ def samples_of(folder: str | Path) -> Samples:
         ends, sha256 = (found["levels"], found["low"], found["high"]), found["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is none of `scoresde sample` of this version ({type(error).__name__}: {error})") from error
+    rows = table(folder, layout, seeds).seen()
+    if rows is None or rows[1] != sha256:
+        raise ValueError(f"{folder} has not the rows of samples that its summary.json speaks of; {mend}")
 
     def read(first: int, stop: int) -> np.ndarray:
         if not 0 <= first < stop <= seeds.count:
