@@ -15,6 +15,7 @@ import math
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -237,6 +238,7 @@ def joined(device: str = "cpu") -> Iterator[Group]:
     if not rank < world:
         raise ValueError(f"RANK is {rank} and WORLD_SIZE {world}; wanted what torchrun sets")
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store = _fresh(store, rank, world, timeout.total_seconds())
     backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
     group = _group(rank, world, dist.PrefixStore("scoresde", store))
     place = torch.device(group.place(device))
@@ -245,6 +247,36 @@ def joined(device: str = "cpu") -> Iterator[Group]:
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=timeout)
     yield group
     dist.destroy_process_group()  # not after an error: the others are no longer there to agree, and the process ends
+
+
+def _fresh(store: Any, rank: int, world: int, seconds: float) -> Any:
+    """The store under a name of this start alone: torchrun keeps one store, and in it the words of processes that it has ended.
+
+    The first process makes the name up; each other asks for it under a name of its own, and says when it has heard. They look again and
+    again, for a wait inside of the store would not hear a signal.
+    """
+    mine, until, answered = uuid.uuid4().hex, time.monotonic() + seconds, dict[int, bytes]()
+    waiting = set(range(1, world)) if rank == 0 else {0}
+    if rank:
+        store.set(f"asks {rank}", mine)
+    while waiting:
+        for other in sorted(waiting):
+            if rank:
+                if store.check([f"answer {mine}"]):
+                    mine = store.get(f"answer {mine}").decode()
+                    store.set(f"heard {mine} {rank}", "")
+                    waiting.clear()
+            elif store.check([f"heard {mine} {other}"]):
+                waiting.discard(other)
+            elif store.check([f"asks {other}"]) and (asked := store.get(f"asks {other}")) != answered.get(other):
+                store.set(f"answer {asked.decode()}", mine)
+                answered[other] = asked
+        if waiting and time.monotonic() > until:
+            raise RuntimeError(
+                f"rank {rank} of {world} has waited {seconds:g} s ({TIMEOUT}) for {sorted(waiting)}; have they started?"
+            )
+        time.sleep(0.01 if waiting else 0)
+    return dist.PrefixStore(mine, store)
 
 
 def _group(rank: int, world: int, store: Any) -> Group:
