@@ -1,25 +1,35 @@
-"""The command line: `scoresde train`, `scoresde sample`, `scoresde likelihood`, `scoresde demo`."""
+"""The command line: `scoresde train`, `sample`, `likelihood` and `evaluate`, each also under torchrun, and `scoresde demo`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from . import __version__
+from .command import DeviceError, place, tag
+from .parallel import Elsewhere, joined
 
 __all__ = ["main"]
+
+LINGER = 10.0  # seconds at most
+TOGETHER = "It also runs under torchrun, on many processes, with the same result."
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model as a configuration says; killed or interrupted, the same command goes on."""
+    """Train a model as a configuration says; killed or interrupted, the same command goes on.
+
+    It also runs under torchrun, on many processes, with the same result.
+    """
 
     config: Path
     """the configuration: YAML, JSON or TOML, of which data: {source: digits} is a whole one"""
@@ -33,7 +43,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Sample:
-    """Samples of a saved model, a seed a sample; killed or interrupted, the same command goes on."""
+    """Samples of a saved model, a seed a sample; killed or interrupted, the same command goes on.
+
+    It also runs under torchrun, on many processes, with the same result.
+    """
 
     folder: Path
     """the model, as scoresde.checkpoint.save wrote it"""
@@ -73,30 +86,99 @@ class Sample:
     """drop what a run has left in the folder instead of going on with it"""
 
 
+@dataclass(frozen=True)
+class Evaluate:
+    """Metrics of samples against a reference; killed or interrupted, the same command goes on.
+
+    Either is a folder that `scoresde sample` wrote, a folder of images, .npy, the name of a set, or statistics (.npz of mu and sigma).
+    It also runs under torchrun, on many processes, with the same result.
+    """
+
+    samples: str
+    """SAMPLES: what is to be judged"""
+    reference: str
+    """REFERENCE: the data it is to be like"""
+    out: Path = Path("runs/evaluate")
+    """folder of the summary and of the statistics of both"""
+    features: str = "pixels"
+    """pixels, or a folder of features such as features/ of a training"""
+    part: str | None = None
+    """of a reference that is a named set: train or test (None: train)"""
+    count: int | None = None
+    """the first so many samples (None: all)"""
+    levels: int | None = None
+    """grey levels of .npy files of integers (None: those of the other set, else 256)"""
+    low: float | None = None
+    """lower end of the model's range, which integers are brought to (None: that of the samples, else -1)"""
+    high: float | None = None
+    """its upper end (None: that of the samples, else 1)"""
+    batch: int = 64
+    """images whose features are computed at once"""
+    processes: int = 1
+    """units of 1024 images at work at once, a thread each"""
+    device: str = "cpu"
+    """of the features"""
+    overwrite: bool = False
+    """drop what a run has left in the folder instead of going on with it"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0 when it is done, 1 when it failed, 2 for wrong usage, 130 when interrupted, 143 when told to end."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    rank, world = place()
     try:
         if words and words[0] in TYPED:
             with _ending():
                 TYPED[words[0]](words[1:])
             return 0
-        chosen = _parser().parse_args(words)
+        with _by_first():
+            chosen = _parser().parse_args(words)
+        if chosen.command == "demo" and world > 1:
+            _refuse("demo", ValueError(f"demo is of one process and torchrun has started {world}; run it without torchrun"))
         chosen.run(chosen)
+    except Elsewhere:
+        _linger(1)
+        return 1
+    except SystemExit as end:
+        if rank and end.code == 2:  # which the first says
+            _linger(2)
+        raise
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if rank == 0:
+            print("interrupted", file=sys.stderr)
         return 130
     except (ArithmeticError, MemoryError, ModuleNotFoundError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"scoresde: {str(error) or type(error).__name__}", file=sys.stderr)
+        print(f"scoresde: {tag()}{str(error) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
+
+
+def _linger(code: int) -> None:
+    """Give the process that has failed time to say why: torchrun ends all others as soon as one of them has ended."""
+
+    def end(*_: object) -> NoReturn:
+        raise SystemExit(code)
+
+    with _ending(end):
+        time.sleep(LINGER)
+
+
+@contextmanager
+def _by_first() -> Iterator[None]:
+    """What the block prints, of many processes by the first alone: all of them read the same words."""
+    with ExitStack() as stack:
+        if place()[0]:
+            nothing = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nothing))
+            stack.enter_context(redirect_stderr(nothing))
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scoresde", description="Continuous-time score-based diffusion: any SDE, any solver.")
     parser.add_argument("--version", action="version", version=f"scoresde {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, options in (("train", Train), ("sample", Sample)):
+    for name, options in (("train", Train), ("sample", Sample), ("evaluate", Evaluate)):
         commands.add_parser(name, help=str(options.__doc__).splitlines()[0].rstrip("."), add_help=False)
     demo = commands.add_parser("demo", help="train, sample, score and compare on 8x8 digits, into a folder of tables and figures")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)")
@@ -110,16 +192,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _terminated(*_: object) -> NoReturn:
+    raise SystemExit(143)
+
+
 @contextmanager
-def _ending() -> Iterator[None]:
+def _ending(end: Callable[..., object] = _terminated) -> Iterator[None]:
     """A SIGTERM ends the work as Ctrl-C does, files closed, workers stopped."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def end(*_: object) -> NoReturn:
-        raise SystemExit(143)
-
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
@@ -133,11 +215,16 @@ def _typed(command: str, options: Any, words: Sequence[str], description: str | 
 
     conf = tyro.conf
     markers = (conf.PositionalRequiredArgs, conf.UseAppendAction, conf.FlagCreatePairsOff, conf.DisallowNone)
-    return tyro.cli(options, prog=f"scoresde {command}", description=description, args=words, config=markers)
+    with _by_first():
+        return tyro.cli(options, prog=f"scoresde {command}", description=description, args=words, config=markers)
 
 
 def _refuse(command: str, error: Exception) -> NoReturn:
-    print(f"scoresde {command}: error: {error}", file=sys.stderr)
+    """Wrong usage: the first process says it, of a device that a machine has not the first of that machine."""
+    rank, _ = place()
+    own = isinstance(error, DeviceError) and os.environ.get("LOCAL_RANK") == "0"
+    if rank == 0 or own:
+        print(f"scoresde {command}: error: {tag() if rank else ''}{error}", file=sys.stderr)
     raise SystemExit(2) from error
 
 
@@ -152,7 +239,9 @@ def _train(words: Sequence[str]) -> None:
         _refuse("train", error)
     from .run import run
 
-    run(config, Path("runs") / chosen.config.stem if chosen.out is None else chosen.out, overwrite=chosen.overwrite)
+    out = Path("runs") / chosen.config.stem if chosen.out is None else chosen.out
+    with joined(config.device) as group:
+        run(config, out, overwrite=chosen.overwrite, group=group)
 
 
 def _sample(words: Sequence[str]) -> None:
@@ -169,10 +258,26 @@ def _sample(words: Sequence[str]) -> None:
         check_count(chosen.processes, "processes")
     except (TypeError, ValueError) as error:
         _refuse("sample", error)
-    run(chosen.folder, chosen.out, settings, processes=chosen.processes, overwrite=chosen.overwrite)
+    with joined(settings.device) as group:
+        run(chosen.folder, chosen.out, settings, processes=chosen.processes, overwrite=chosen.overwrite, group=group)
 
 
-TYPED: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "sample": _sample}
+def _evaluate(words: Sequence[str]) -> None:
+    chosen = _typed("evaluate", Evaluate, words)
+    from .checks import check_count
+    from .evaluate import Settings, run
+
+    try:
+        settings = Settings(**{field.name: getattr(chosen, field.name) for field in fields(Settings)})
+        check_count(chosen.processes, "processes")
+    except (TypeError, ValueError) as error:
+        _refuse("evaluate", error)
+    how = {"processes": chosen.processes, "overwrite": chosen.overwrite}
+    with joined(settings.device) as group:
+        run(chosen.samples, chosen.reference, chosen.out, settings, **how, group=group)
+
+
+TYPED: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "sample": _sample, "evaluate": _evaluate}
 
 
 def _demo(chosen: argparse.Namespace) -> None:
@@ -183,7 +288,7 @@ def _demo(chosen: argparse.Namespace) -> None:
 
 def _add_likelihood(commands: Any) -> None:
     text = "bits/dim of integer images under a saved model, a row an image; killed or interrupted, the same command goes on"
-    command = commands.add_parser("likelihood", help=text, description=text)
+    command = commands.add_parser("likelihood", help=text, description=f"{text}. {TOGETHER}")
     add, default, whole = command.add_argument, " (default: %(default)s)", _at_least
     add("folder", type=Path, metavar="FOLDER", help="the model, as scoresde.checkpoint.save wrote it")
     add("data", type=Path, metavar="DATA", help=".npy of integers [N, *shape], or a folder of image files, in the order of names")
@@ -219,11 +324,15 @@ def _likelihood(chosen: argparse.Namespace) -> None:
     values = vars(chosen)
     try:
         settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
+    except DeviceError as error:
+        _refuse("likelihood", error)
     except (TypeError, ValueError) as error:
-        return chosen.refuse(str(error))
+        with _by_first():
+            chosen.refuse(str(error))
+        raise
     how = {name: values[name] for name in ("first", "count", "processes", "overwrite")}
-    run(chosen.folder, chosen.data, chosen.out, settings, **how)
-    return None
+    with joined(settings.device) as group:
+        run(chosen.folder, chosen.data, chosen.out, settings, **how, group=group)
 
 
 def _at_least(low: int) -> Callable[[str], int]:

@@ -1,8 +1,9 @@
-"""What every command does: warn, open a saved model, name what failed."""
+"""What every command does: know which process it is, warn, open a saved model, name what failed."""
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
@@ -14,21 +15,38 @@ import torch
 from . import checkpoint
 from .denoiser import Preconditioned
 
-__all__ = ["check_device", "loaded", "opened", "outcome", "warn"]
+__all__ = ["DeviceError", "check_device", "loaded", "opened", "outcome", "place", "tag", "warn"]
 
 
-def warn(text: str) -> None:
-    """A line on stderr, for what does not end a run."""
-    print(f"scoresde: {text}", file=sys.stderr)
+class DeviceError(ValueError):
+    """A device that cannot be computed on here; on other machines of a job it may be there."""
+
+
+def place() -> tuple[int, int]:
+    """Which of how many processes this is, as torchrun says in the environment: 0 of 1 without it."""
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return (int(rank), int(world)) if rank.isdecimal() and world.isdecimal() else (0, 1)
+
+
+def tag() -> str:
+    """What stands before the words of this process where there are others."""
+    rank, world = place()
+    return f"rank {rank}: " if world > 1 else ""
+
+
+def warn(text: str, *, own: bool = False) -> None:
+    """A line on stderr, for what does not end a run; of many processes the first says it, of what is their own each."""
+    if own or place()[0] == 0:
+        print(f"scoresde: {tag() if own else ''}{text}", file=sys.stderr)
 
 
 def check_device(device: str) -> str:
-    """Return the name of a device that can be computed on here; ValueError for any other."""
+    """Return the name of a device that can be computed on here; DeviceError, a ValueError, for any other."""
     try:
         torch.empty(1, device=device).add_(1)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         what = str(error).splitlines()[0]
-        raise ValueError(f"device is {device!r}, which cannot be used here ({what}); wanted cpu, cuda, ...") from error
+        raise DeviceError(f"device is {device!r}, which cannot be used here ({what}); wanted cpu, cuda, ...") from error
     return device
 
 

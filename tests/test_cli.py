@@ -1,4 +1,4 @@
-"""`scoresde train` and `scoresde sample`: what they take, what they hand on, and how they end."""
+"""`scoresde train`, `sample` and `evaluate`: what they take, what they hand on, and how they end, alone and among others."""
 
 import dataclasses
 import os
@@ -7,14 +7,17 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import scoresde as s
-from scoresde import checkpoint, cli, config, generate, run
+from scoresde import checkpoint, cli, config, evaluate, generate, run
+from scoresde.command import place, warn
 from scoresde.config import Choice
+from scoresde.parallel import ALONE, Elsewhere, Group
 
 TINY = """
 data: {source: x.npy}
@@ -41,6 +44,7 @@ def calls(monkeypatch):
     found = []
     monkeypatch.setattr(run, "run", lambda *args, **kwargs: found.append((args, kwargs)))
     monkeypatch.setattr(generate, "run", lambda *args, **kwargs: found.append((args, kwargs)))
+    monkeypatch.setattr(evaluate, "run", lambda *args, **kwargs: found.append((args, kwargs)))
     return found
 
 
@@ -64,12 +68,17 @@ OPTIONS = {
         "levels": "int", "low": "float | None", "high": "float | None", "batch": "int", "processes": "int",
         "dtype": "Literal['float32', 'float64']", "device": "str", "overwrite": "bool",
     },
+    cli.Evaluate: {
+        "samples": "str", "reference": "str", "out": "Path", "features": "str", "part": "str | None", "count": "int | None",
+        "levels": "int | None", "low": "float | None", "high": "float | None", "batch": "int", "processes": "int", "device": "str",
+        "overwrite": "bool",
+    },
 }  # fmt: skip
 KEYS = {
     "Data": "source part folder labels levels conditional flip held_out dequantize low high workers",
     "Average": "decay std", "Every": "log checkpoint keep average validate sample fid", "Samples": "count nfe columns fid features",
     "Config": "data sde net parameterization weight times spread objective optimizer steps batch accumulate clip warmup decay precision "
-    "compile channels_last label_dropout patience ema every samples seed device tensorboard",
+    "compile channels_last sharded label_dropout patience ema every samples seed device tensorboard",
 }  # fmt: skip
 
 
@@ -80,16 +89,18 @@ def test_the_options_are_these():
     for name, keys in KEYS.items():
         assert [f.name for f in dataclasses.fields(getattr(config, name))] == keys.split()
     assert {f.name for f in dataclasses.fields(generate.Settings)} <= set(OPTIONS[cli.Sample])
+    assert {f.name for f in dataclasses.fields(evaluate.Settings)} <= set(OPTIONS[cli.Evaluate])
 
 
-@pytest.mark.parametrize("command", ["train", "sample"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "likelihood"])
 def test_help_names_every_option(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    kind = {"train": cli.Train, "sample": cli.Sample}[command]
-    for field in dataclasses.fields(kind)[1:]:
+    assert "It also runs under torchrun" in " ".join(text.split())
+    kind = {"train": cli.Train, "sample": cli.Sample, "evaluate": cli.Evaluate}.get(command)
+    for field in dataclasses.fields(kind)[2 if command == "evaluate" else 1 :] if kind else ():
         assert f"--{field.name} " in text
     if command == "train":
         for key in KEYS["Config"].split()[1:]:
@@ -101,8 +112,8 @@ def test_every_command_is_listed(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    for command in ("train", "sample", "demo", "likelihood"):
-        assert f"\n    {command}" in text
+    for name in ("train", "sample", "evaluate", "demo", "likelihood"):
+        assert f"\n    {name}" in text
     assert "invalid choice" in usage(capsys, "trian")
 
 
@@ -116,9 +127,9 @@ def test_what_train_hands_on(there, calls):
     assert cli.main(["train", "--out", "c", "--set", "clip=.inf", "--", "tiny.yaml"]) == 0
     (plain, first), (made, second), (third, _) = ((args, kwargs) for args, kwargs in calls)
     assert plain == (config.load(TINY), Path("runs/tiny"))
-    assert first == {"overwrite": False}
+    assert first == {"overwrite": False, "group": ALONE}
     assert made[0] == config.load(TINY, ["optimizer.lr=1e-4", "sde=VE", "steps=7"])
-    assert (made[0].sde, made[1], second) == (Choice("VE"), Path("a/b"), {"overwrite": True})
+    assert (made[0].sde, made[1], second) == (Choice("VE"), Path("a/b"), {"overwrite": True, "group": ALONE})
     assert (third[0].clip, third[1]) == (float("inf"), Path("c"))
 
 
@@ -142,6 +153,16 @@ WRONG = {
     "sample m --batch 0": "batch is 0",
     "sample m --low 1": "1",
     "sample m --processes 0": "processes is 0",
+    "evaluate": "STR",
+    "evaluate a.npy": "evaluate",
+    "evaluate a.npy b.npy --count 1": "count is 1",
+    "evaluate a.npy b.npy --count x": "--count",
+    "evaluate a.npy b.npy --batch 0": "batch is 0",
+    "evaluate a.npy b.npy --levels 1": "levels is 1",
+    "evaluate a.npy b.npy --low 2": "high",
+    "evaluate a.npy b.npy --processes 0": "processes is 0",
+    "evaluate a.npy b.npy --device abacus": "device is 'abacus'",
+    "evaluate a.npy b.npy --feature pixels": "--feature",
 }
 
 
@@ -165,14 +186,137 @@ def test_what_sample_hands_on(there, calls):
     assert cli.main(["sample", "m", "--labels", "cycle", "--steps", "4", "--subdirs"]) == 0
     (plain, first), (made, second), (third, _) = calls
     assert plain == (Path("m"), Path("runs/samples"), generate.Settings())
-    assert first == {"processes": 1, "overwrite": False}
+    assert first == {"processes": 1, "overwrite": False, "group": ALONE}
     wanted = generate.Settings(
         seeds=generate.parse_seeds("0-4999,6000"), nfe=18, solver="DPMSolverPP:order=3", format="npz", batch=32, labels=3,
         weights="ema_0.9", dtype="float64", levels=16, low=-2.5, high=3.0,
     )  # fmt: skip
     assert made == (Path("m"), Path("o"), wanted)
-    assert second == {"processes": 2, "overwrite": True}
+    assert second == {"processes": 2, "overwrite": True, "group": ALONE}
     assert third[2] == generate.Settings(labels="cycle", steps=4, subdirs=True)
+
+
+# --- evaluate ------------------------------------------------------------------------------------------------------------
+def test_what_evaluate_hands_on(there, calls):
+    assert cli.main(["evaluate", "samples", "mnist"]) == 0
+    words = (
+        "evaluate a.npy b.npy --features net --part test --count 50 --levels 17 --low -2 --high 3 --batch 8 --processes 2 --out o"
+    )
+    assert cli.main([*words.split(), "--device", "cpu", "--overwrite"]) == 0
+    (plain, first), (made, second) = calls
+    assert plain == ("samples", "mnist", Path("runs/evaluate"), evaluate.Settings())
+    assert first == {"processes": 1, "overwrite": False, "group": ALONE}
+    wanted = evaluate.Settings(features="net", part="test", count=50, levels=17, low=-2.0, high=3.0, batch=8, device="cpu")
+    assert made == ("a.npy", "b.npy", Path("o"), wanted)
+    assert second == {"processes": 2, "overwrite": True, "group": ALONE}
+
+
+def test_evaluated(there, capsys):
+    """For real, twice; what fails has one line."""
+    np.save("y.npy", np.load("x.npy")[::-1] + 1)
+    words = ["evaluate", "x.npy", "y.npy", "--out", "e"]
+    assert cli.main(words) == 0
+    assert "fid@32 2" in capsys.readouterr().out  # moved by 1 on either axis
+    assert cli.main(words) == 0
+    assert "nothing to compute" in capsys.readouterr().out
+    assert cli.main([*words, "--count", "9"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("scoresde: e holds a run with other settings: summed was")
+    assert err.count("\n") == 1
+
+
+# --- among others --------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def rank(monkeypatch):
+    """As torchrun starts process r of 2, without what connects them."""
+    monkeypatch.setattr(cli, "LINGER", 0.0)
+    monkeypatch.setattr(cli, "joined", lambda device: nullcontext(Group()))
+
+    def become(r, local=0):
+        for name, value in {"RANK": r, "WORLD_SIZE": 2, "LOCAL_RANK": local}.items():
+            monkeypatch.setenv(name, str(value))
+
+    return become
+
+
+@pytest.mark.parametrize("words", [w for w in WRONG if "abacus" not in w] + ["likelihood m x.npy --low 1", "trian", "likelihood"])
+def test_the_first_says_what_is_wrong_for_all(words, there, calls, rank, capsys):
+    Path("twice.yaml").write_text("steps: 1\nsteps: 2\n")
+    heard = []
+    for r in range(2):
+        rank(r, local=r)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words.split())
+        assert stop.value.code == 2
+        heard.append(capsys.readouterr())
+    assert heard[0].err
+    assert heard[1] == ("", "")
+    assert calls == []
+
+
+def test_a_device_that_one_machine_lacks(rank, capsys):
+    """The first process of that machine says so, though it is not the first of all."""
+    for words in ("sample m --device abacus", "likelihood m x.npy --device abacus", "evaluate a.npy b.npy --device abacus"):
+        for r, local, said in ((0, 0, "error: device is"), (2, 0, "error: rank 2: device is"), (3, 1, "")):
+            rank(r, local)
+            with pytest.raises(SystemExit):
+                cli.main(words.split())
+            err = capsys.readouterr().err
+            assert said in err
+            assert bool(said) == bool(err)
+
+
+def test_help_is_said_once_and_the_demo_is_of_one(rank, capsys):
+    for r in range(2):
+        rank(r)
+        for words in (["--help"], ["train", "--help"], ["likelihood", "--help"], ["demo", "--help"], ["--version"]):
+            with pytest.raises(SystemExit) as stop:
+                cli.main(words)
+            assert stop.value.code == 0
+            assert bool(capsys.readouterr().out) == (r == 0)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["demo"])
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == ("" if r else
+            "scoresde demo: error: demo is of one process and torchrun has started 2; run it without torchrun\n")  # fmt: skip
+
+
+def test_an_error_is_said_by_the_process_that_has_it(there, rank, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise found
+
+    for module in (run, generate, evaluate):
+        monkeypatch.setattr(module, "run", fail)
+    for words in (["train", "tiny.yaml"], ["sample", "m"], ["evaluate", "a.npy", "b.npy"]):
+        rank(1)
+        found = OSError("the disk is full")
+        assert cli.main(words) == 1
+        assert capsys.readouterr().err == "scoresde: rank 1: the disk is full\n"
+        found = Elsewhere(1)
+        assert cli.main(words) == 1
+        found = KeyboardInterrupt()
+        assert cli.main(words) == 130
+        assert capsys.readouterr() == ("", "")
+        rank(0)
+        assert cli.main(words) == 130
+        assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_warnings_are_said_once(rank, capsys):
+    for r, said in ((0, "scoresde: a\nscoresde: rank 0: b\n"), (1, "scoresde: rank 1: b\n")):
+        rank(r)
+        warn("a")
+        warn("b", own=True)
+        assert capsys.readouterr().err == said
+    assert place() == (1, 2)
+
+
+def test_alone_there_is_no_rank(monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    warn("a", own=True)
+    assert capsys.readouterr().err == "scoresde: a\n"
+    assert place() == (0, 1)
 
 
 # --- how they end --------------------------------------------------------------------------------------------------------
@@ -206,7 +350,8 @@ def test_errors_at_work(error, code, there, monkeypatch, capsys):
 
     monkeypatch.setattr(run, "run", fail)
     monkeypatch.setattr(generate, "run", fail)
-    for words in (["train", "tiny.yaml"], ["sample", "m"]):
+    monkeypatch.setattr(evaluate, "run", fail)
+    for words in (["train", "tiny.yaml"], ["sample", "m"], ["evaluate", "a.npy", "b.npy"]):
         assert cli.main(words) == code
         err = capsys.readouterr().err
         assert err.count("\n") == 1
