@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -18,12 +19,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from ranks import Failed
 
 import scoresde as s
-from scoresde import checkpoint, cli, figures, generate, images, resume
+from scoresde import checkpoint, cli, figures, generate, images, pages, resume
 from scoresde.bits import Quantized
 from scoresde.checks import NonFiniteError
-from scoresde.generate import Settings, parse_seeds, parse_solver
+from scoresde.generate import Settings, parse_seeds, parse_solver, samples_of
+from scoresde.parallel import Elsewhere, Group
 from scoresde.seeds import Seeds
 
 ROOT = Path(s.__file__).parent.parent
@@ -468,6 +471,274 @@ def test_samples_that_are_not_finite(tmp_path):
     with pytest.raises(NonFiniteError, match="1 of 1"):
         run(tmp_path / "model", tmp_path / "shard", "1", labels="cycle", format="npz")
     assert not list((tmp_path / "shard").glob("*.npz"))
+
+
+# --- processes of a group ------------------------------------------------------------------------------------------------
+def sampled(group, folder, out, cases):
+    """What each process of a group says and returns, for each (name, seeds, settings); without flushing, for speed."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        for name, seeds, more in cases:
+            said, more = [], dict(more)
+            overwrite = more.pop("overwrite", False)
+            got = generate.run(folder, out / name, settings(seeds, **more), overwrite=overwrite, say=said.append, group=group)
+            found.append((len(said), {key: value for key, value in got.items() if key != "run"}))
+    return found
+
+
+def paged(group, page, work, *args):
+    """work(group, *args) with pages of about so many seeds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "PAGE", page)
+        return work(group, *args)
+
+
+def alike(worlds, folder, tmp_path, cases):
+    """The same files and the same words from the first alone, for any number of processes, as from one."""
+    alone = sampled(Group(), folder, tmp_path / "1", cases)
+    for world, ranks in worlds.items():
+        found = ranks(sampled, folder, tmp_path / str(world), cases)
+        assert [[(said, got) for said, got in each] for each in found[:1]] == [alone]
+        for each in found[1:]:
+            assert [(said, got) for said, got in each] == [(0, got) for _, got in alone]
+        for name, seeds, _ in cases:
+            assert tree(tmp_path / str(world) / name) == tree(tmp_path / "1" / name), (world, name)
+            assert not list((tmp_path / str(world) / name).rglob(".*"))
+            run = json.loads((tmp_path / str(world) / name / "summary.json").read_text())["run"]
+            assert (run["world"], run["computed"]) == (world, parse_seeds(seeds).count)
+
+
+def test_the_same_files_for_any_number_of_processes(there, two, three, tmp_path):
+    """n that divides or not, batches that divide or not, seeds with gaps, files of both kinds, solvers with mates and noise, float64."""
+    cases = [(f"n {n}", f"0-{n - 1}", {"format": "npz"} if n % 2 else {}) for n in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17)]
+    cases += [("gaps", "0,5,7-9", {"batch": 5}), ("one", "3", {"batch": 64}), ("each", "0-5", {"batch": 1})]
+    cases += [("double", "0-6", {"dtype": "float64"}), ("subdirs", "998-1003", {"subdirs": True})]
+    cases += [
+        ("adaptive", "1,3-9", {"solver": "Dopri5:rtol=0.1:atol=0.1", "nfe": None}),
+        ("noise", "1,3-9", {"solver": "SDEDPMSolverPP:2"}),
+    ]
+    cases += [("last", f"{2**64 - 3}-{2**64 - 1}", {"batch": 6, "format": "npz"})]
+    alike({2: two, 3: three}, there / "model", tmp_path, cases)
+
+
+def test_labels_of_any_number_of_processes(two, tmp_path):
+    checkpoint.save(tmp_path / "model", model(classes=3))
+    alike(
+        {2: two},
+        tmp_path / "model",
+        tmp_path,
+        [("cycle", "0-8", {"labels": "cycle"}), ("one", "0-8", {"labels": 2, "format": "npz"})],
+    )
+
+
+@pytest.mark.parametrize("format", ["png", "npz"])
+def test_pages(format, there, two, three, tmp_path):
+    """The files of several pages, of one and of many processes, in one go or extended; and the samples they are of."""
+    whole = paged(Group(), 10, sampled, there / "model", tmp_path, [("1", "0-40,95-99", {"format": format})])
+    assert (whole[0][1]["n"], whole[0][1]["seeds"]) == (46, "0-40,95-99")
+    names = [f"samples{start}.csv" for start in ("", *(f"-{first:012d}" for first in (12, 24, 36, 84, 96)))]
+    assert sorted(p.name for p in (tmp_path / "1").glob("*.csv")) == sorted(names)
+    assert (tmp_path / "1" / "pages.jsonl").read_bytes().count(b"\n") == 6
+    assert [int(row["seed"]) for name in names for row in rows(tmp_path / "1", name)] == [*range(41), *range(95, 100)]
+    for name, ranks, cases in (("2", two, ["0-40,95-99"]), ("3", three, ["30,96", "0-20", "0-40,95-99", "0-40,95-99"])):
+        for seeds in cases:
+            found = ranks(paged, 10, sampled, there / "model", tmp_path, [(name, seeds, {"format": format})])
+        assert found[0][0][1] == whole[0][1]
+        assert tree(tmp_path / name) == tree(tmp_path / "1")
+    samples = paged(tmp_path / "3", 10, samples_of)
+    x = Quantized().to_levels(direct(model(), [*range(41), *range(95, 100)])).numpy()
+    assert (samples.count, samples.shape, samples.levels, samples.low, samples.high) == (46, SHAPE, 256, -1, 1)
+    assert samples.sha256 == whole[0][1]["sha256"]
+    for first, stop in ((0, 46), (0, 1), (38, 43), (45, 46)):
+        assert np.array_equal(samples.read(first, stop), x[first:stop])
+
+
+def test_overwritten_and_refused_by_all(there, two, tmp_path):
+    run(there / "model", tmp_path / "out")
+    with pytest.raises(Failed) as caught:
+        two(sampled, there / "model", tmp_path, [("out", "0-10", {"nfe": 6})])
+    assert caught.value.errors[0][0] is FileExistsError
+    assert caught.value.errors[1] == (Elsewhere, "1")
+    with pytest.raises(Failed) as caught, resume.locked(tmp_path / "out"):
+        two(sampled, there / "model", tmp_path, [("out", "0-12", {})])
+    assert "another run is at work" in caught.value.errors[0][1]
+    assert caught.value.errors[1] == (Elsewhere, "1")
+    two(sampled, there / "model", tmp_path, [("out", "0-10", {"nfe": 6, "overwrite": True}), ("out", "0-10", {"overwrite": True})])
+    assert tree(tmp_path / "out") == tree(there / "whole")
+
+
+def differs(group, folder, out):
+    generate.run(folder / ("other" if group.rank else "model"), out, settings(), group=group)
+
+
+def test_processes_with_other_models_are_refused(there, two, tmp_path):
+    checkpoint.save(tmp_path / "model", model())
+    checkpoint.save(tmp_path / "other", model(seed=1))
+    with pytest.raises(Failed, match="the processes differ in the model") as caught:
+        two(differs, tmp_path, tmp_path / "out")
+    assert [error for error, _ in caught.value.errors] == [ValueError, ValueError]
+    assert not (tmp_path / "out").exists()
+
+
+def fails_at(group, folder, out, block, format):
+    real = generate.draw
+
+    def draw(*arguments):
+        if arguments[4] == block:
+            raise ArithmeticError("this is why")
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "draw", draw)
+        return sampled(group, folder, out, [("out", "0-40", {"format": format})])
+
+
+@pytest.mark.parametrize("format", ["png", "npz"])
+def test_a_batch_that_fails_ends_all(format, there, two, tmp_path):
+    """With its words from who had it; what is done is kept, and done by whoever goes on."""
+    with pytest.raises(Failed) as caught:
+        two(fails_at, there / "model", tmp_path, 20, format)
+    errors = sorted(caught.value.errors, key=lambda error: error[0] is Elsewhere)
+    assert errors[0] == (RuntimeError, "seeds 20 .. 23: ArithmeticError: this is why")
+    assert errors[1] == (Elsewhere, "1")
+    assert not (tmp_path / "out" / "summary.json").exists()
+    with pytest.raises(ValueError, match=r"has no summary\.json, so its samples are not all there"):
+        samples_of(tmp_path / "out")
+    run(there / "model", tmp_path / "out", "0-40", format=format)
+    assert 0 < json.loads((tmp_path / "out" / "summary.json").read_text())["run"]["computed"] <= 41 - 12
+    run(there / "model", tmp_path / "one", "0-40", format=format)
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+def test_what_is_not_finite_is_said_by_one(two, tmp_path):
+    denoiser = model(classes=3)
+    with torch.no_grad():
+        denoiser.net.condition.labels.weight[2] = torch.nan  # of class 1
+    checkpoint.save(tmp_path / "model", denoiser)
+    for page in (50_000, 10):
+        case = lambda name, page=page: [(f"{name} {page}", "0-20", {"labels": "cycle"})]
+        with pytest.raises(
+            Failed, match=r"7 of 21 seeds are not finite and were not written: 1, 4, 7, 10, .* \(status 1:"
+        ) as caught:
+            two(paged, page, sampled, tmp_path / "model", tmp_path, case("two"))
+        assert [error for error, _ in caught.value.errors] == [NonFiniteError, Elsewhere]
+        with pytest.raises(NonFiniteError, match="7 of 21"):
+            paged(Group(), page, sampled, tmp_path / "model", tmp_path, case("alone"))
+        assert tree(tmp_path / f"two {page}") == tree(tmp_path / f"alone {page}")
+
+
+KILLED = """
+import os, random, signal, sys
+from scoresde import cli, filling, pages
+seed, page, *words = sys.argv[1:]
+if __name__ == "__main__":
+    pages.PAGE, start, rank, real = int(page), int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"]), filling.Filling.add
+    chance = random.Random(f"{seed} {start}")
+    who, when, early, done = chance.randrange(2), chance.randrange(1, 10), chance.random() < 0.5, []
+    def add(*arguments):
+        done.append(1)
+        if early:
+            kill()
+        real(*arguments)
+        kill()
+    def kill():
+        if start < 2 and rank == who and len(done) == when:
+            print("killed", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    filling.Filling.add = add
+    sys.exit(cli.main(words))
+"""
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
+def test_torchrun_starts_the_killed_again(seed, there, tmp_path):
+    """A rank killed at random, twice, each time all are started again: the files are those of an undisturbed run."""
+    format, page, last = ("png", "npz")[seed % 2], (50_000, 60)[seed // 2 % 2], 299
+    (tmp_path / "job.py").write_text(KILLED)
+    words = [
+        "sample",
+        there / "model",
+        "--out",
+        tmp_path / "out",
+        "--seeds",
+        f"0-{last}",
+        "--nfe",
+        5,
+        "--batch",
+        4,
+        "--format",
+        format,
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    more = ["--processes", 2] if seed % 5 == 4 else []
+    done = subprocess.run(
+        [*torchrun, *map(str, (tmp_path / "job.py", seed, page, *words, *more))], cwd=ROOT, start_new_session=True,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SCORESDE_TIMEOUT": "60"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("killed\n") == 2, done.stdout
+    whole = paged(Group(), page, sampled, there / "model", tmp_path, [("whole", f"0-{last}", {"format": format})])
+    assert summary(tmp_path / "out") == whole[0][1]
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
+# --- read again ----------------------------------------------------------------------------------------------------------
+def test_samples_of_a_folder(there, tmp_path):
+    samples = samples_of(there / "whole")
+    x = direct(model(), range(11))
+    assert (samples.count, samples.shape, samples.levels) == (11, SHAPE, 256)
+    assert np.array_equal(samples.read(0, 11), Quantized().to_levels(x).numpy())
+    assert samples.read(10, 11).dtype == np.uint8
+    for first, stop in ((0, 12), (3, 3), (-1, 2)):
+        with pytest.raises(ValueError, match=rf"samples {first} \.\. {stop - 1} are asked for; .* has 0 \.\. 10"):
+            samples.read(first, stop)
+    run(there / "model", tmp_path / "floats", "1,3-6", levels=None, subdirs=None)
+    floats = samples_of(tmp_path / "floats")
+    assert (floats.count, floats.levels, floats.low, floats.high) == (5, None, None, None)
+    assert np.array_equal(floats.read(1, 5), x[3:7].numpy())
+    run(there / "model", tmp_path / "folders", "998-1002", subdirs=True)
+    assert samples_of(tmp_path / "folders").read(0, 5).shape == (5, *SHAPE)
+
+
+def test_a_folder_that_is_not_whole_is_refused(there, tmp_path):
+    for name in ("none", "settings.json", "samples.csv", "samples/00000003.png", "summary.json"):
+        out = tmp_path / name.replace("/", "_")
+        run(there / "model", out)
+        if name != "none":
+            (out / name).unlink()
+        if name == "summary.json":
+            with pytest.raises(ValueError, match=r"no summary\.json, so its samples are not all there.*run again"):
+                samples_of(out)
+        elif name == "samples.csv":
+            with pytest.raises(ValueError, match=r"not the rows of samples that its summary\.json speaks of"):
+                samples_of(out)
+        elif name == "samples/00000003.png":
+            samples_of(out).read(4, 11)
+            with pytest.raises(ValueError, match="00000003"):
+                samples_of(out).read(3, 4)
+        else:
+            assert samples_of(out).count == 11
+    table = tmp_path / "none" / "samples.csv"
+    good = table.read_bytes()
+    more = good.splitlines(True)[1].replace(b"0", b"1", 1)  # seed 1 again, as it is not
+    for bad in (good.replace(b"\n3,", b"\n30,"), good[:-1], good.replace(b",5,0,", b",5,1,", 1), good + more):
+        table.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"not the rows of samples that its summary\.json speaks of"):
+            samples_of(tmp_path / "none")
+    (tmp_path / "none" / "summary.json").write_text("[]")
+    with pytest.raises(ValueError, match="none of `scoresde sample` of this version"):
+        samples_of(tmp_path / "none")
+
+
+def test_the_digest_is_of_the_numbers_alone(there, tmp_path):
+    run(there / "model", tmp_path, format="npz")
+    assert [row["digest"] for row in rows(tmp_path)] == [row["digest"] for row in rows(there / "whole")]
+    x = Quantized().to_levels(direct(model(), range(11))).numpy()
+    assert [row["digest"] for row in rows(tmp_path)] == [hashlib.sha256(each.tobytes()).hexdigest()[:16] for each in x]
+    assert summary(there / "whole")["sha256"] == hashlib.sha256((there / "whole" / "samples.csv").read_bytes()).hexdigest()
 
 
 # --- other settings ------------------------------------------------------------------------------------------------------
