@@ -230,7 +230,7 @@ def run(
     """
     if config.tensorboard:
         require_tensorboard()
-    group.agree("the configuration", configs.dump(config))
+    _agree(config, group)
     with _alone_in(folder, group), _signals(group) as asked:
         group.check_shared(folder)
         with group.in_turn():  # data that are fetched are fetched once a machine
@@ -258,6 +258,15 @@ def run(
         finally:
             logs[0].close()
         return group.by_first(lambda: _finish(job, folder, logs, say))
+
+
+def _agree(config: Config, group: Group) -> None:
+    """ValueError that says in what the configurations of the processes differ."""
+    mine, *others = (_flat(tree_of(config)), *group.objects(_flat(tree_of(config))))
+    differ = [
+        key for key in {k: None for each in others for k in each} if any(each.get(key) != others[0].get(key) for each in others)
+    ]
+    group.agree("the configuration", "; ".join(f"{key}: {mine.get(key)}" for key in differ))
 
 
 def _open(config: Config, folder: Path, overwrite: bool) -> Path | None:

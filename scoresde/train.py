@@ -69,7 +69,8 @@ def fit(
     in the order of ranks: Batches(..., rank=group.rank, world=group.world). Times, noise and dropped labels are those of the whole
     batch, and `transform` is given one in which the others' rows are 0, so that a step is that of one process to rounding, for any number
     of them; dropout layers alone draw otherwise, and what a forward pass writes into buffers is the first process's. All stop when one
-    has no more batches, and when one fails. Plain, this is DistributedDataParallel; of a Training that is sharded, FSDP2 (`sharded.shard`).
+    has no more batches; when one fails, the others end within the timeout. Plain, this is DistributedDataParallel; of a Training that is
+    sharded, FSDP2 (`sharded.shard`).
     """
     if not isinstance(denoiser, Training):
         training = Training(denoiser, optimizer, ema, objective=objective, precision=precision)
