@@ -148,9 +148,13 @@ class Pages:
         """Whether they are several, and recorded."""
         return self.numbers.count > 1
 
+    def file(self, page: int) -> str:
+        """The name of a page's file."""
+        return f"{self.name}-{page * self.span:012d}.csv" if page else f"{self.name}.csv"
+
     def path(self, page: int) -> Path:
         """The file of a page."""
-        return self.folder / (f"{self.name}-{page * self.span:012d}.csv" if page else f"{self.name}.csv")
+        return self.folder / self.file(page)
 
     def part(self, page: int) -> Seeds:
         """What is asked of a page."""
@@ -216,17 +220,20 @@ class Pages:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The lines in pages.jsonl that are of pages asked for, of what is asked of them now, and of the files as they are."""
-        path, numbers = self.folder / RECORDS, self.numbers
+        path, folder, numbers = self.folder / RECORDS, str(self.folder), self.numbers
         if not path.exists():
             return
-        with path.open("rb") as file:
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             for line in file:
-                with suppress(ValueError, KeyError, TypeError, OSError):  # one that is not so is as if it were not there
+                try:
                     found = json.loads(line)
                     page = found["page"]
-                    good = page in numbers and found["asked"] == self._asked(page)
-                    if good and line.endswith(b"\n") and found["bytes"] == self.path(page).stat().st_size:
-                        yield found
+                    good = line[-1] == "\n" and page in numbers and found["asked"] == self._asked(page)
+                    good = good and found["bytes"] == os.stat(f"{folder}/{self.file(page)}").st_size
+                except (ValueError, KeyError, TypeError, OSError):  # as if it were not there
+                    continue
+                if good:
+                    yield found
 
     def gather(self) -> None:
         """The lines of all processes into pages.jsonl, by page, the newest of each."""

@@ -58,14 +58,20 @@ def rows_of(path: Path, columns: Sequence[str], mend: str, texts: Sequence[str] 
     All cells but those of the columns `texts` are finite numbers or empty. Of rows with one number the last stands.
     """
     rows: dict[int, list[str]] = {}
+    numbers = [k for k, name in enumerate(columns) if k and name not in texts]
+    good: dict[str, str] = {}  # cells repeat: each is read once, and held once
     data = path.read_bytes() if path.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
     for i, row in enumerate(csv.reader(io.StringIO(whole.decode(errors="replace"), newline=""))):
         if len(row) != len(columns) or (row != list(columns) if i == 0 else not row[0].isdecimal()):
             raise ValueError(f"line {i + 1} of {path} is none that this version writes; {mend}")
-        if i and not all(_number(cell) for name, cell in zip(columns, row, strict=True) if name not in texts):
-            raise ValueError(f"line {i + 1} of {path} has a cell that is no finite number; {mend}")
         if i:
+            for k in numbers:
+                if (cell := good.get(row[k])) is None:
+                    if not _number(row[k]):
+                        raise ValueError(f"line {i + 1} of {path} has a cell that is no finite number; {mend}")
+                    cell = good[row[k]] = row[k]
+                row[k] = cell
             rows[int(row[0])] = row
     return rows, len(whole)
 

@@ -58,7 +58,8 @@ class Seeds:
             first, stop = first - size, stop - size
 
     def __contains__(self, seed: int) -> bool:
-        return bool(self.within(seed, seed + 1).ranges)
+        at = bisect.bisect_right(self.ranges, seed, key=lambda part: part.stop)
+        return at < len(self.ranges) and seed in self.ranges[at]
 
     def __iter__(self) -> Iterator[int]:
         return itertools.chain.from_iterable(self.ranges)

@@ -2,6 +2,7 @@
 
 import builtins
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -16,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import Failed
 
 import scoresde as s
-from scoresde import checkpoint, cli, densities, images, resume
+from scoresde import checkpoint, cli, densities, images, pages, resume
+from scoresde.parallel import Elsewhere, Group
 
 COUNT, STEPS, LEVELS = 11, 4, 17
 BASE = ["--levels", str(LEVELS), "--steps", str(STEPS), "--batch", "4"]
@@ -260,6 +263,109 @@ def test_an_error_in_a_batch_keeps_the_others(error, there, tmp_path, monkeypatc
     assert ("fewer --processes" if isinstance(error, BrokenProcessPool) else f"images 4 .. 7: {type(error).__name__}: ") in err
     assert len(rows(tmp_path)) == 4
     assert not (tmp_path / "summary.json").exists()
+
+
+# --- processes of a group ------------------------------------------------------------------------------------------------
+def scored(group, folder, out, cases, page=50_000):
+    """What each process of a group says and returns, for each (name, settings and range); without flushing or drawing, for speed."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.setattr(pages, "PAGE", page)
+        patch.setattr(densities.figures, "likelihood", lambda path, panels: path.write_text(repr(panels)))  # drawn elsewhere
+        for name, more in cases:
+            said, more = [], {"levels": LEVELS, "steps": STEPS, "batch": 4, **more}
+            how = {key: more.pop(key) for key in ("first", "count", "overwrite") if key in more}
+            chosen = densities.Settings(**more)
+            got = densities.run(folder / "model", folder / "x.npy", out / name, chosen, say=said.append, group=group, **how)
+            found.append((len(said), {key: value for key, value in got.items() if key != "run"}))
+    return found
+
+
+def tree(out):
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "summary.json"}
+
+
+def test_the_same_files_for_any_number_of_processes(there, two, three, tmp_path):
+    """Counts that divide or not, parts of the data, batches of one and of all, an adaptive solver, probes and draws, float64."""
+    cases = [(f"n {n}", {"count": n}) for n in (1, 2, 3, 4, 5, 8, 9, COUNT)]
+    cases += [
+        ("part", {"first": 5, "count": 4}),
+        ("each", {"batch": 1, "count": 3}),
+        ("all", {"batch": 64}),
+        ("double", {"dtype": "float64"}),
+    ]
+    cases += [("adaptive", {"steps": None, "tolerance": 1e-2, "first": 2}), ("draws", {"samples": 2, "importance": 2, "seed": 3})]
+    cases += [("probes", {"divergence": s.divergence.rademacher(2)})]
+    alone = scored(Group(), there, tmp_path / "1", cases)
+    for world, ranks in {2: two, 3: three}.items():
+        found = ranks(scored, there, tmp_path / str(world), cases)
+        assert found[0] == alone
+        assert all(each == [(0, got) for _, got in alone] for each in found[1:])
+        for name, _ in cases:
+            out = tmp_path / str(world) / name
+            assert tree(out) == tree(tmp_path / "1" / name)
+            assert not list(out.rglob(".*"))
+            assert json.loads((out / "summary.json").read_text())["run"]["world"] == world
+
+
+def test_pages(there, two, three, tmp_path):
+    """Several pages by one and by many processes, in one go or extended; the summary is that of the same rows in one page."""
+    whole = scored(Group(), there, tmp_path, [("1", {"samples": 2})], 5)[0][1]
+    names = ["likelihood-000000000008.csv", "likelihood.csv"]
+    assert sorted(p.name for p in (tmp_path / "1").glob("*.csv")) == names
+    for name, ranks, cases in (("2", two, [{}]), ("3", three, [{"first": 9, "count": 1}, {"count": 3}, {}, {}])):
+        for more in cases:
+            found = ranks(scored, there, tmp_path, [(name, {"samples": 2, **more})], 5)
+        assert found[0][0][1] == whole
+        assert tree(tmp_path / name) == tree(tmp_path / "1")
+    one = scored(Group(), there, tmp_path, [("one page", {"samples": 2})])[0][1]
+    assert {**one, "sha256": 0} == {**whole, "sha256": 0}
+    assert one["sha256"] == hashlib.sha256(table(tmp_path / "one page")).hexdigest()
+    hashes = [hashlib.sha256((tmp_path / "1" / name).read_bytes()).hexdigest() for name in reversed(names)]
+    assert whole["sha256"] == hashlib.sha256("".join(f"{each}\n" for each in hashes).encode()).hexdigest()
+
+
+def other(group, folder, out):
+    data = folder / ("x.npy" if group.rank == 0 else "y.npy")
+    densities.run(folder / "model", data, out, densities.Settings(levels=LEVELS, steps=STEPS), group=group)
+
+
+def breaks(group, folder, out):
+    real = densities.score
+
+    def score(*arguments):
+        if arguments[-1] == 8:
+            raise s.NonFiniteError("the state is not finite")
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(densities, "score", score)
+        scored(group, folder, out, [("out", {})])
+
+
+def test_what_fails_in_one_process_ends_all(there, two, tmp_path):
+    np.save(there / "y.npy", np.load(there / "x.npy")[::-1])
+    with pytest.raises(Failed, match="the processes differ in the data") as caught:
+        two(other, there, tmp_path / "other")
+    assert [error for error, _ in caught.value.errors] == [ValueError, ValueError]
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(Failed) as caught:
+        two(breaks, there, tmp_path)
+    errors = sorted(caught.value.errors, key=lambda error: error[0] is Elsewhere)
+    assert errors == [(RuntimeError, "images 8 .. 10: NonFiniteError: the state is not finite"), (Elsewhere, "1")]
+    assert not (tmp_path / "out" / "summary.json").exists()
+    scored(Group(), there, tmp_path, [("out", {})])
+    assert table(tmp_path / "out") == table(there / "whole")
+    assert summary(tmp_path / "out") == summary(there / "whole")
+    np.save(there / "z.npy", np.concatenate([np.load(there / "x.npy"), np.full((1, 1, 4, 4), LEVELS, np.uint8)]))
+    with pytest.raises(Failed, match=rf"image {COUNT} spans {LEVELS} \.\. {LEVELS}") as caught:
+        two(last_is_wrong, there, tmp_path / "wrong")
+    assert [error for error, _ in caught.value.errors] == [Elsewhere, ValueError]
+
+
+def last_is_wrong(group, folder, out):
+    densities.run(folder / "model", folder / "z.npy", out, densities.Settings(levels=LEVELS, steps=STEPS), group=group)
 
 
 # --- other settings ------------------------------------------------------------------------------------------------------
