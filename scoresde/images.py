@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Images", "files_of", "load", "mapped", "picture", "survey"]
+__all__ = ["Images", "files_of", "gathered", "load", "mapped", "picture", "survey"]
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of PIL: what 8-bit RGB and alpha hold without loss
 GREY = ("1", "L", "LA")
+PARTS = {"test", "train", "val", "valid", "validation"}  # folders of these names are no classes
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def load(path: Path, shape: Sequence[int]) -> Images:
     """The images of a `.npy` file or a folder, for a network of this event shape; refuses in words what does not fit it.
 
     A file: integers `[N, *shape]`, without the axis of a single channel if that is left out, or uint8 with channels last. A folder: its
-    image files by name (not those of folders in it), 8-bit grey or colour of the network's size; grey stands for three equal channels
-    and three equal channels for grey. Reading these needs Pillow.
+    image files by name, or those of the folders in it, one a class; 8-bit grey or colour of the network's size; grey stands for three
+    equal channels and three equal channels for grey. Reading these needs Pillow.
     """
     shape = tuple(shape)
     if path.is_dir():
@@ -114,18 +115,34 @@ class _Nameless(Sequence[str]):
 
 # --- a folder of image files ---------------------------------------------------------------------------------------------
 def _folder(path: Path, shape: tuple[int, ...]) -> Images:
-    files = files_of(path)
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(f"image files have 1 or 3 channels, the network wants {list(shape)}; save the data as .npy [N, *shape]")
-    if not files:
-        raise ValueError(f"{path} holds no image files; wanted PNG or the like in it (folders inside it are not searched)")
-    if strange := [p.name for p in files if not p.name.isprintable()]:
+    files, _ = gathered(path)
+    names = [file.relative_to(path).as_posix() for file in files]
+    if strange := [name for name in names if not name.isprintable()]:
         raise ValueError(f"the name {strange[0]!r} cannot stand on one line of a table; rename the file")
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    for name, file in zip(names, files, strict=True):
+        digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     read = lambda a, b: np.stack([picture(file, shape) for file in files[a:b]])
-    return Images(len(files), [file.name for file in files], digest.hexdigest(), read)
+    return Images(len(files), names, digest.hexdigest(), read)
+
+
+def gathered(path: Path) -> tuple[list[Path], list[int]]:
+    """The image files in a folder by name; or those of the folders in it, one a class, by name, and how many each class has."""
+    files = files_of(path)
+    inner = {p: files_of(p) for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")}
+    if files and any(inner.values()):
+        raise ValueError(f"{path} holds image files and folders of them; wanted one or the other: give the folder that is meant")
+    if files:
+        return files, []
+    if parts := sorted(p.name for p in inner if p.name.lower() in PARTS):
+        raise ValueError(f"{path} holds the folders {parts}, which are no classes; give one of them: {path / parts[0]}")
+    if empty := [p for p, found in inner.items() if not found]:
+        raise ValueError(f"{empty[0]} holds no image files; wanted PNG or the like in every class's folder, or no such folder")
+    if not inner:
+        raise ValueError(f"{path} holds no image files; wanted PNG or the like in it, or in one folder a class")
+    return [file for found in inner.values() for file in found], [len(found) for found in inner.values()]
 
 
 def files_of(path: Path) -> list[Path]:

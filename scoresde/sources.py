@@ -13,12 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from .checks import check_count, shape_of
-from .images import files_of, mapped, picture, survey
+from .images import gathered, mapped, picture, survey
 
 __all__ = ["Rows", "Source", "of_array", "of_folder", "of_npy"]
 
 PIECE = 2**24  # bytes looked at together where a whole source is read through
-PARTS = {"test", "train", "val", "valid", "validation"}  # folders of these names are no classes
 
 
 @dataclass(frozen=True)
@@ -133,22 +132,12 @@ def of_folder(path: Path, labels: Any = None) -> Source:
     The files of the folder by name; or those of the folders in it, one a class, which are numbered by name. 8 bits, opaque, of one
     size: the headers are read here, and the pixels when asked for. Reading them needs Pillow.
     """
-    files = files_of(path)
-    inner = {p: files_of(p) for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")}
-    known, classes = labels, 0
-    if files and any(inner.values()):
-        raise ValueError(f"{path} holds image files and folders of them; wanted one or the other: give the folder that is meant")
-    if not files and inner:
-        if parts := sorted(p.name for p in inner if p.name.lower() in PARTS):
-            raise ValueError(f"{path} holds the folders {parts}, which are no classes; give one of them: {path / parts[0]}")
-        if empty := [p for p, found in inner.items() if not found]:
-            raise ValueError(f"{empty[0]} holds no image files; wanted PNG or the like in every class's folder, or no such folder")
+    files, sizes = gathered(path)
+    known, classes = labels, len(sizes)
+    if sizes:
         if labels is not None:
             raise ValueError(f"{path} has a folder a class, and labels are given too; wanted one or the other: leave out labels")
-        files, classes = [file for found in inner.values() for file in found], len(inner)
-        known = np.repeat(np.arange(classes), [len(found) for found in inner.values()])
-    if not files:
-        raise ValueError(f"{path} holds no image files; wanted PNG or the like in it, or in one folder a class")
+        known = np.repeat(np.arange(classes), sizes)
     shape = survey(files)
     x = Rows((len(files), *shape), np.dtype(np.uint8), lambda i: np.stack([picture(files[j], shape) for j in np.atleast_1d(i)]))
     known = None if known is None else _labels(known, len(files), str(path))
