@@ -284,13 +284,15 @@ class Pages:
                     whole.append([found["page"], found["page"] + 1])
         return self.numbers.without(Seeds.of((start, stop) for start, stop in whole)), done
 
-    def fold(self, page: int, segments: Sequence[Path]) -> dict[int, Row]:
-        """The rows of a page with those in these files, which its own file now has, by index."""
-        rows = self.rows(self.path(page), page)
-        for path in segments:
-            rows |= self.rows(path, page)
-        self.write(rows, page)
-        return rows
+    def fold(self, page: int, segments: Sequence[Path]) -> None:
+        """Add the whole lines of these files to that of a page, as they are: who takes up the page reads and, at its end, sorts them."""
+        head, parts = text_of([self.columns]), []
+        for path in [self.path(page), *segments]:
+            data = path.read_bytes() if path.exists() else b""
+            if (whole := data[: data.rfind(b"\n") + 1]) and not whole.startswith(head):
+                raise ValueError(f"line 1 of {path} is none that this version writes; {self.mend}")
+            parts.append(whole.removeprefix(head))
+        write_file(self.path(page), [head, *parts], self.folder / WRITING)
 
     def write(self, rows: Mapping[int, Row], page: int) -> None:
         """The file of a page, whole or not at all."""

@@ -59,19 +59,17 @@ def rows_of(path: Path, columns: Sequence[str], mend: str, texts: Sequence[str] 
     """
     rows: dict[int, list[str]] = {}
     numbers = [k for k, name in enumerate(columns) if k and name not in texts]
-    good: dict[str, str] = {}  # cells repeat: each is read once, and held once
+    before: list[str] = []
     data = path.read_bytes() if path.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
     for i, row in enumerate(csv.reader(io.StringIO(whole.decode(errors="replace"), newline=""))):
         if len(row) != len(columns) or (row != list(columns) if i == 0 else not row[0].isdecimal()):
             raise ValueError(f"line {i + 1} of {path} is none that this version writes; {mend}")
         if i:
-            for k in numbers:
-                if (cell := good.get(row[k])) is None:
-                    if not _number(row[k]):
-                        raise ValueError(f"line {i + 1} of {path} has a cell that is no finite number; {mend}")
-                    cell = good[row[k]] = row[k]
-                row[k] = cell
+            cells = [row[k] for k in numbers]
+            if cells != before and not all(map(_number, cells)):  # those of one batch are often alike
+                raise ValueError(f"line {i + 1} of {path} has a cell that is no finite number; {mend}")
+            before = cells
             rows[int(row[0])] = row
     return rows, len(whole)
 
