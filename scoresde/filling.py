@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from .command import outcome
-from .pages import PATIENCE, ROWS, Pages
+from .pages import PATIENCE, ROWS, Pages, current
 from .parallel import Elsewhere, Group
-from .resume import Table, extend, finished
+from .resume import WRITING, Table, extend, finished
 from .seeds import Seeds
 
-__all__ = ["ALONE", "Begun", "Filling", "Piece", "begin", "together"]
+__all__ = ["ALONE", "Begun", "Filling", "Piece", "admit", "begin", "together"]
 
 ALONE = Group()
 Row = list[str]
@@ -51,19 +51,40 @@ class Begun:
     found: dict[str, Any] | None
 
 
-def begin(pages: Pages, there: Callable[[Row], bool], same: Mapping[str, Any], figure: str) -> Begun:
-    """Bring home what a killed run left; a summary that is not of all of `same`, or whose rows are not there, goes, and its figure."""
-    todo, done = pages.begin()
+def admit(pages: Pages, key: str) -> None:
+    """FileExistsError for the folder of another command, whose settings.json has no such key, and for files where folders must be."""
+    folder, settings = pages.folder, None
+    with suppress(OSError, ValueError):
+        settings = json.loads((folder / "settings.json").read_text())
+    others = any((folder / name).exists() for name in ("config.yaml", "environment.json"))  # a training
+    if (folder / "summary.json").exists() and not (folder / "settings.json").exists():
+        others = others or not pages.files()
+    if others or (isinstance(settings, dict) and settings and key not in settings):
+        raise FileExistsError(f"{folder} holds a run of another command, and nothing of it was touched; choose another --out")
+    for path in (folder / WRITING, folder / ROWS):
+        if path.exists() and not path.is_dir():
+            raise FileExistsError(f"{path} is a file, where a run has a folder of what is under way; move it away")
+
+
+def begin(
+    pages: Pages, there: Callable[[Row], bool], same: Mapping[str, Any], figure: str, files: Callable[[Seeds], bool] = lambda part: True
+) -> Begun:  # fmt: skip
+    """Bring home what a killed run left; a summary that is not of all of `same`, or not of the rows that are there, goes, and its figure.
+
+    files: of a page that is recorded, whether the files of this part are there, as `Pages.begin` asks it.
+    """
+    run = uuid.uuid4().hex
+    todo, done = pages.begin(run, files)
     found, path = None, pages.folder / "summary.json"
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # one that was tampered with is made again
         written = json.loads(path.read_text())
         found = written if dict(same) == {name: written.get(name) for name in same} else None
-    if found is not None and (not todo.count if pages.many else pages.whole(there)):
+    if found is not None and not (pages.many and todo.count) and pages.whole(there) == found.get("sha256", ""):
         pages.close()
         return Begun(todo, pages.asked.count, "", found)
     for name in (path.name, figure):  # they are of other rows
         (pages.folder / name).unlink(missing_ok=True)
-    return Begun(todo, done, uuid.uuid4().hex, None)
+    return Begun(todo, done, run, None)
 
 
 class Piece(NamedTuple):
@@ -99,15 +120,17 @@ class Filling:
         total, last = self.pages.asked.count, lambda i: min(i + self.pages.batch, stop) - 1
         bar = tqdm(total=total, initial=self.done, desc=what, unit=unit, disable=not (self.group.first and self.todo.ranges))
         few = itertools.islice((b for page in self.todo for b in self.pages.batches(page)), processes)
-        with together(self.group, self.failing), bar:
-            with closing(finished(max(1, min(processes, len(list(few)))), work, self.pieces(), arguments)) as results:
+        show = lambda: self.group.first and bar.update(self.done + self._count("rows", 0) - bar.n)
+        with bar:
+            with (
+                together(self.group, self.failing),
+                closing(finished(max(1, min(processes, len(list(few)))), work, self.pieces(), arguments)) as results,
+            ):
                 for piece, result in results:
                     found = outcome(result, f"{unit}s {piece.first} .. {last(piece.first)}")
                     self.add(piece, rows(piece, found))
-                    if self.group.first:
-                        bar.update(self.done + self._count("rows", 0) - bar.n)
-            if self.group.first:
-                bar.update(self.done + self._count("rows", 0) - bar.n)
+                    show()
+            show()  # with what the others have done since
         return sum(n for (n,) in self.group.numbers(self.computed))
 
     def _count(self, name: str, n: int) -> int:
@@ -158,8 +181,10 @@ class Filling:
         """The rows that were wanted of a batch, onto the disk; with the last of a page it is brought home."""
         if [int(row[0]) for row in rows] != piece.wanted:
             raise RuntimeError(f"the batch at {piece.first} has {len(rows)} rows; wanted those of {piece.wanted}")
+        current(self.pages.folder, self.run)
         if self.group.world > 1:
             extend(self._segment(piece.page), self.pages.columns, rows)
+            self._count(f"{piece.page}/rows", len(rows))
         else:
             self.tables[piece.page].append(rows)
         self.computed += len(rows)
@@ -192,13 +217,12 @@ class Filling:
         folder, start = self.pages.folder / ROWS, f"{self.pages.path(page).stem}.{self.run[:8]}.rank"
         for _ in range(PATIENCE):
             segments = sorted(path for path in folder.iterdir() if path.name.startswith(start))
-            rows = self.pages.rows(self.pages.path(page), page)
+            new: dict[int, Row] = {}
             for path in segments:
-                rows |= self.pages.rows(path, page)
-            if not (lacking := self.pages.lacking(rows, page)):
-                self.pages.write(rows, page)
+                new |= self.pages.rows(path, page)
+            if (lacking := self._count(f"{page}/rows", 0) - len(new)) == 0:
+                rows = self.pages.rows(self.pages.path(page), page) | new
+                self.pages.write(rows, page, self.run)
                 return rows, segments
             time.sleep(0.5)
-        raise RuntimeError(
-            f"rows that others have written do not show in {folder}: {lacking}, ...; run again, on a disk that all share"
-        )
+        raise RuntimeError(f"{lacking} rows that others have written do not show in {folder}; run again, on a disk that all share")

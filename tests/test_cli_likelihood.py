@@ -555,6 +555,7 @@ def test_bad_data_and_models_end_with_words(there, tmp_path, capsys, monkeypatch
     picture(tmp_path / "flat" / "png", "0.png", x[0, 0])
     assert command(tmp_path / "flat", tmp_path / "out", data="png") == 1
     assert "the network wants [16]" in capsys.readouterr().err
+    save(tmp_path / "flat" / "model")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert command(tmp_path / "flat", tmp_path / "out", data="png") == 1
     assert "scoresde[plots]" in capsys.readouterr().err
