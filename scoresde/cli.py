@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import signal
 import sys
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from . import __version__
-from .command import DeviceError, place, tag
+from .command import DeviceError, place, said, tag
 from .parallel import Elsewhere, joined
 
 __all__ = ["main"]
 
 LINGER = 10.0  # seconds at most
+HEED = 3.0  # seconds in which the first process may say first what all have to say
 TOGETHER = "It also runs under torchrun, on many processes, with the same result."
 
 
@@ -49,7 +51,7 @@ class Sample:
     """
 
     folder: Path
-    """the model, as scoresde.checkpoint.save wrote it"""
+    """the model: a folder of a training, or as scoresde.checkpoint.save wrote it"""
     out: Path = Path("runs/samples")
     """folder of the samples, their table, their summary and a picture of the first"""
     seeds: str = "0-63"
@@ -135,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen = _parser().parse_args(words)
         if chosen.command == "demo" and world > 1:
             _refuse("demo", ValueError(f"demo is of one process and torchrun has started {world}; run it without torchrun"))
-        chosen.run(chosen)
+        with _ending():
+            chosen.run(chosen)
     except Elsewhere:
         _linger(1)
         return 1
@@ -148,19 +151,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("interrupted", file=sys.stderr)
         return 130
     except (ArithmeticError, MemoryError, ModuleNotFoundError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"scoresde: {tag()}{str(error) or type(error).__name__}", file=sys.stderr)
+        if rank:  # where the first has the same error, it alone says so
+            _linger(1, HEED)
+        print(f"scoresde: {tag()}{said(error)}", file=sys.stderr)
         return 1
     return 0
 
 
-def _linger(code: int) -> None:
+def _linger(code: int, seconds: float | None = None) -> None:
     """Give the process that has failed time to say why: torchrun ends all others as soon as one of them has ended."""
 
     def end(*_: object) -> NoReturn:
         raise SystemExit(code)
 
     with _ending(end):
-        time.sleep(LINGER)
+        time.sleep(LINGER if seconds is None else seconds)
 
 
 @contextmanager
@@ -228,11 +233,17 @@ def _refuse(command: str, error: Exception) -> NoReturn:
     raise SystemExit(2) from error
 
 
+def _afresh(overwrite: bool) -> bool:
+    """Whether to drop what is there: not what this job has done before torchrun started its processes again."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return overwrite and not (again.isdecimal() and int(again) > 0)
+
+
 def _train(words: Sequence[str]) -> None:
     from .config import Config, load
     from .sections import describe
 
-    chosen = _typed("train", Train, words, f"{Train.__doc__} Keys and defaults:\n\n{describe(Config)}")
+    chosen = _typed("train", Train, words, f"{inspect.cleandoc(str(Train.__doc__))}\n\nKeys and defaults:\n\n{describe(Config)}")
     try:
         config = load(chosen.config, [text for several in chosen.set for text in several])
     except (OSError, TypeError, ValueError) as error:
@@ -241,7 +252,7 @@ def _train(words: Sequence[str]) -> None:
 
     out = Path("runs") / chosen.config.stem if chosen.out is None else chosen.out
     with joined(config.device) as group:
-        run(config, out, overwrite=chosen.overwrite, group=group)
+        run(config, out, overwrite=_afresh(chosen.overwrite), group=group)
 
 
 def _sample(words: Sequence[str]) -> None:
@@ -259,7 +270,7 @@ def _sample(words: Sequence[str]) -> None:
     except (TypeError, ValueError) as error:
         _refuse("sample", error)
     with joined(settings.device) as group:
-        run(chosen.folder, chosen.out, settings, processes=chosen.processes, overwrite=chosen.overwrite, group=group)
+        run(chosen.folder, chosen.out, settings, processes=chosen.processes, overwrite=_afresh(chosen.overwrite), group=group)
 
 
 def _evaluate(words: Sequence[str]) -> None:
@@ -268,11 +279,13 @@ def _evaluate(words: Sequence[str]) -> None:
     from .evaluate import Settings, run
 
     try:
+        if not chosen.samples or not chosen.reference:
+            raise ValueError("SAMPLES or REFERENCE is empty; wanted a folder, a .npy or .npz file or the name of a set")
         settings = Settings(**{field.name: getattr(chosen, field.name) for field in fields(Settings)})
         check_count(chosen.processes, "processes")
     except (TypeError, ValueError) as error:
         _refuse("evaluate", error)
-    how = {"processes": chosen.processes, "overwrite": chosen.overwrite}
+    how = {"processes": chosen.processes, "overwrite": _afresh(chosen.overwrite)}
     with joined(settings.device) as group:
         run(chosen.samples, chosen.reference, chosen.out, settings, **how, group=group)
 
@@ -290,7 +303,7 @@ def _add_likelihood(commands: Any) -> None:
     text = "bits/dim of integer images under a saved model, a row an image; killed or interrupted, the same command goes on"
     command = commands.add_parser("likelihood", help=text, description=f"{text}. {TOGETHER}")
     add, default, whole = command.add_argument, " (default: %(default)s)", _at_least
-    add("folder", type=Path, metavar="FOLDER", help="the model, as scoresde.checkpoint.save wrote it")
+    add("folder", type=Path, metavar="FOLDER", help="the model: a folder of a training, or as scoresde.checkpoint.save wrote it")
     add("data", type=Path, metavar="DATA", help=".npy of integers [N, *shape], or a folder of image files, in the order of names")
     add("--out", type=Path, default=Path("runs/likelihood"), help="folder of table, summary and histogram" + default)
     trained = " (default: the training's, else {})".format
@@ -330,7 +343,7 @@ def _likelihood(chosen: argparse.Namespace) -> None:
         with _by_first():
             chosen.refuse(str(error))
         raise
-    how = {name: values[name] for name in ("first", "count", "processes", "overwrite")}
+    how = {name: values[name] for name in ("first", "count", "processes")} | {"overwrite": _afresh(chosen.overwrite)}
     with joined(settings.device) as group:
         run(chosen.folder, chosen.data, chosen.out, settings, **how, group=group)
 

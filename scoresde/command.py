@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
@@ -14,8 +16,9 @@ import torch
 
 from . import checkpoint
 from .denoiser import Preconditioned
+from .store import MENDS, SaveError
 
-__all__ = ["DeviceError", "check_device", "loaded", "opened", "outcome", "place", "tag", "warn"]
+__all__ = ["DeviceError", "check_device", "loaded", "opened", "outcome", "place", "said", "tag", "warn"]
 
 
 class DeviceError(ValueError):
@@ -66,6 +69,33 @@ def opened(folder: Path, device: str, weights: str | None = None) -> tuple[Path,
     return folder, text, loaded(folder, text, device, weights)
 
 
+def said(error: BaseException) -> str:
+    """The words of an error: of the system's with the file and what to do, of a lost connection with what that means."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.errno is not None:
+        if isinstance(error, SaveError):
+            return error.strerror
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+        number, mend = error.errno, MENDS.get(error.errno, "")
+        if (number == errno.ENOENT and (path is None or path.parent.is_dir())) or (
+            path and path.is_file() and number == errno.EACCES
+        ):
+            mend = ""  # it is the file that is missing, or may not be read
+        return f"{f'{path}: ' if path else ''}{error.strerror}{mend and f'; {mend[0].lower()}{mend[1:]}'}"
+    if place()[1] > 1 and isinstance(error, RuntimeError) and error.__cause__ is None and _is_lost(error):
+        return (
+            "another process of this job has ended or was not heard of for SCORESDE_TIMEOUT seconds: see what it said; torchrun "
+            f"--max-restarts=3 starts all of them again ({text.splitlines()[0][:120]})"
+        )
+    return text
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether this is what gloo, nccl or the store of torch.distributed say when another process does not answer."""
+    words = r"\bgloo\b|\bnccl|c10d|TCPStore|Connection closed by peer|Connection reset by peer|^Timed out|wait timeout"
+    return type(error).__name__.startswith("Dist") or re.search(words, str(error), re.IGNORECASE) is not None
+
+
 def outcome(result: Callable[[], Any], piece: str) -> Any:
     """What the work on a piece gave (`resume.finished`); RuntimeError that names the piece, or says that a process was killed."""
     try:
@@ -74,4 +104,4 @@ def outcome(result: Callable[[], Any], piece: str) -> Any:
         mend = "run again with fewer --processes or a smaller --batch; what is done is kept"
         raise RuntimeError(f"a worker process was killed, for want of memory perhaps: {mend}") from error
     except Exception as error:
-        raise RuntimeError(f"{piece}: {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"{piece}: {type(error).__name__}: {said(error)}") from error

@@ -10,11 +10,10 @@ import functools
 import hashlib
 import json
 import platform
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import data, datasets, reports, resume, sums
+from . import data, datasets, reports, resume, sums, verdicts
 from .bits import Quantized
 from .checks import check_count
 from .command import check_device
 from .metrics import Features, Gaussian, Statistics, frechet_terms, to_npz
-from .parallel import ALONE, Group
-from .sets import Pair, Stream, opened, paired
+from .metrics.frechet import check_covariance
+from .parallel import ALONE, Elsewhere, Group
+from .sets import Pair, Stream, check_state, is_light, opened, paired, state
 from .store import write_file
 
 __all__ = ["Settings", "run"]
@@ -39,9 +39,7 @@ UNIT = 1024  # images whose sums are made by one process
 LITERATURE = 10_000  # samples from which on a Frechet distance goes by the name it has in papers
 LARGEST = 4096  # numbers of a sample that is its own features
 APART = 35  # the stream of the permutation that cuts the reference in two; the others are in `data`
-MEND = "choose another --out, or pass --overwrite to start afresh"
 PIXELS = "pixels"
-FILES = ("summary.json", "samples.npz", "reference.npz", "settings.json")  # in the order in which they go
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,7 @@ class Job:
     floor: int  # images of the reference that are its first part
     unit: int
     key: str  # of what is pinned
+    states: tuple[str, str]  # of the files of both, when this process looked
 
     @property
     def before(self) -> int:
@@ -150,15 +149,25 @@ def _vectors(stream: Stream, settings: Settings, first: int, stop: int) -> Tenso
     return _features(settings.features, settings.device)(scale.seen(stream.read(first, stop))).double()
 
 
+@functools.lru_cache(maxsize=4)
+def _stream(what: str, part: str | None, levels: int | None, before: str) -> Stream:
+    """The set that the run began with."""
+    found = opened(what, part, levels)
+    check_state(what, before)
+    return found  # type: ignore[bad-return]
+
+
 def measure(job: Job, k: int) -> dict[str, Statistics]:
     """The sums of unit k: of samples, or of the two parts of the reference."""
     which, first, stop = job.place(k)
     what, part = ((job.samples, None), (job.reference, job.settings.part))[which]
-    stream = opened(what, part, job.levels if what.endswith(".npy") else None)
+    stream = _stream(what, part, job.levels if what.endswith(".npy") else None, job.states[which])
     if _features(job.settings.features, job.settings.device).sha256 != job.features_sha256:
         raise ValueError(f"{job.settings.features} has been written anew since the run began; copy features that change")
     batches = range(first, stop, job.settings.batch)
     x = torch.cat([_vectors(stream, job.settings, i, min(i + job.settings.batch, stop)) for i in batches])  # type: ignore[bad-argument-type]
+    if is_light(what):
+        check_state(what, job.states[which])
     if not which:
         return {"samples": Statistics().update(x)}
     apart = torch.from_numpy(data.permuted(np.arange(first, stop), job.counts[1], 0, 0, stream=APART) < job.floor)
@@ -179,9 +188,9 @@ def _frechet(samples: Known, reference: Known, parts: Parts) -> dict[str, Any]:
     if parts is not None:
         a, b = parts
         floor = {"fid": frechet_terms(a.mean, a.cov, b.mean, b.cov).distance, "samples": a.n, "reference": b.n}
-    few = samples.n is not None and samples.n < LITERATURE
+    name = "fid" if samples.n is not None and samples.n >= LITERATURE else f"fid@{samples.n or 'unknown'}"
     terms = {"mean": found.mean, "trace_samples": found.trace1, "trace_reference": found.trace2, "cross": found.cross}
-    return {f"fid@{samples.n}" if few else "fid": found.distance, "fid_terms": terms, "fid_floor": floor}
+    return {name: found.distance, "fid_terms": terms, "fid_floor": floor}
 
 
 METRICS: tuple[Callable[[Known, Known, Parts], dict[str, Any]], ...] = (_frechet,)
@@ -223,30 +232,6 @@ def _checked(pair: Pair, settings: Settings) -> tuple[str, str, int, tuple[dict[
     return name, sha256, dims.pop(), (a, b)
 
 
-def _begin(out: Path, pinned: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The folder as this run wants it; the summary if all is done."""
-    before = None
-    with suppress(OSError, ValueError):
-        before = json.loads((out / "settings.json").read_text())
-    if (isinstance(before, dict) and "summed" not in before) or (before is None and (out / "summary.json").exists()):
-        raise FileExistsError(f"{out} holds a run of another command; choose another --out")
-    if overwrite:
-        sums.end(out / "units")
-        for name in FILES:
-            (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / resume.WRITING, ignore_errors=True)  # what a kill left torn
-    resume.pin(out, pinned, MEND)
-    with suppress(OSError, ValueError, KeyError, TypeError):  # none, or one that was tampered with, is made again
-        found = json.loads((out / "summary.json").read_text())
-        _words(found, out)
-        sums.end(out / "units")
-        shutil.rmtree(out / resume.WRITING, ignore_errors=True)
-        return found
-    (out / "summary.json").unlink(missing_ok=True)
-    sums.begin(out / "units")
-    return None
-
-
 def _where(what: str) -> str:
     return str(Path(what).resolve()) if what not in datasets.SETS else what
 
@@ -254,7 +239,11 @@ def _where(what: str) -> str:
 def _words(found: Mapping[str, Any], out: Path) -> str:
     name = next(iter(found))
     floor = found["fid_floor"]
-    of = "" if floor is None else f"; floor {floor['fid']:.6g}, {floor['samples']} of them against {floor['reference']} others"
+    of = (
+        ""
+        if floor is None
+        else f"; floor {floor['fid']:.6g}: {floor['samples']} of the reference against its {floor['reference']} others"
+    )
     a, b = (found[key]["count"] or "unknown" for key in ("samples", "reference"))
     return f"{name} {found[name]:.6g}: {a} samples, {b} of the reference{of}; features {found['features']['name']}; in {out}/"
 
@@ -278,10 +267,11 @@ class Compared:
 def _compared(samples: str, reference: str, settings: Settings, group: Group) -> Compared:
     from . import __version__
 
-    opened.cache_clear()
-    _features.cache_clear()
+    for cache in (opened, _stream, _features):
+        cache.cache_clear()
     with group.in_turn():  # the first of a machine fetches what is not there
         settings = replace(settings, device=group.place(settings.device))
+        states = state(samples), state(reference)
         pair, levels = paired(samples, reference, settings.part, settings.levels)
         settings = _fitted(settings, pair)
         name, sha256, dim, facts = _checked(pair, settings)
@@ -290,7 +280,13 @@ def _compared(samples: str, reference: str, settings: Settings, group: Group) ->
     n, m = (settings.count or a) if a else 0, b
     size = n or getattr(pair[0], "n", None) or m
     floor = 0 if m < 4 else size if m >= 2 * size else m // 2
-    digest = lambda each, what: each.digest() if isinstance(each, Stream) else hashlib.sha256(Path(what).read_bytes()).hexdigest()
+
+    def digest(each: Stream | Gaussian, what: str) -> str:
+        if isinstance(each, Stream):
+            return each.digest()
+        check_covariance(each.cov, f"sigma of {what}")
+        return hashlib.sha256(Path(what).read_bytes()).hexdigest()
+
     hashes = group.by_first(lambda: (digest(pair[0], samples), digest(pair[1], reference)))
     pinned = {
         "samples_sha256": hashes[0], "reference_sha256": hashes[1], "summed": {"samples": n, "reference": m, "floor": floor},
@@ -301,7 +297,8 @@ def _compared(samples: str, reference: str, settings: Settings, group: Group) ->
     text = json.dumps(pinned, sort_keys=True)
     group.agree("the data, or in settings or versions", f"{probes} {text}")
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return Compared(pair, hashes, facts, pinned, Job(samples, reference, settings, levels, sha256, (n, m), floor, UNIT, key))
+    job = Job(samples, reference, settings, levels, sha256, (n, m), floor, UNIT, key, states)
+    return Compared(pair, hashes, facts, pinned, job)
 
 
 def _summary(of: Compared, made: sums.Sums, out: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,17 +311,27 @@ def _summary(of: Compared, made: sums.Sums, out: Path, ours: Mapping[str, Any]) 
     found: dict[str, Any] = {}
     for metric in METRICS:
         found |= metric(both[0], both[1], parts if of.job.floor else None)
+    verdicts.check_finite(found)
     for i, (role, what) in enumerate((("samples", of.job.samples), ("reference", of.job.reference))):
         found[role] = {"what": _where(what), "count": both[i].n, "sha256": of.hashes[i]}
         if isinstance(each := of.pair[i], Stream):
             found[role] |= {"shape": list(each.shape), "levels": each.levels, "seeds": each.seeds}
             write_file(out / f"{role}.npz", to_npz(both[i], **of.facts[i], data_sha256=of.hashes[i]), out / resume.WRITING)
     versions = {**of.pinned["versions"], "numpy": np.__version__, "python": platform.python_version()}
-    found |= {**of.pinned, "versions": versions, "run": dict(ours)}
-    resume.write_json(out / "summary.json", found, out / resume.WRITING)
-    sums.end(out / "units")
-    shutil.rmtree(out / resume.WRITING, ignore_errors=True)
-    return found
+    return verdicts.finish(out, {**found, **of.pinned, "versions": versions, "run": dict(ours)})
+
+
+def _check_unchanged(job: Job, out: Path, group: Group) -> None:
+    """Raise ValueError where the data are no longer what they were when the run began; the sums of them go."""
+    error: ValueError | None = None
+    try:
+        for what, before in zip((job.samples, job.reference), job.states, strict=True):
+            check_state(what, before)
+    except ValueError as found:
+        error = found
+    if group.any(error is not None):
+        group.by_first(lambda: sums.end(out / "units"))
+        raise error or Elsewhere(1)
 
 
 def run(
@@ -350,9 +357,9 @@ def run(
         job, folder, first = of.job, out / "units", list[sums.Total]()
 
         def begin() -> tuple[dict[str, Any] | None, str, list[int], int]:
-            found, missing, saved = _begin(out, of.pinned, overwrite), list[int](), 0
+            found, missing, saved = verdicts.begin(out, of.pinned, overwrite), list[int](), 0
             if found is None:
-                total = sums.Total(folder, job.key, lambda k: measure(job, k))
+                total = sums.Total(folder, job.key, lambda k: measure(job, k), job.units)
                 total.sweep()
                 first.append(total)
                 there = set(sums.left(folder))
@@ -369,6 +376,8 @@ def run(
         with tqdm(total=sum(job.counts), desc="evaluate", unit="image", disable=not (group.first and missing)) as bar:
             show = lambda: bar.update(job.images(total.folded) - bar.n) if total else None
             sums.Work(job.units, measure, job, folder, job.key, missing, saved, processes, group, name, total, job.words, show)()
+
+        _check_unchanged(job, out, group)
 
         def finish() -> dict[str, Any]:
             seconds = round(time.perf_counter() - started, 1)

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from .checks import check_count
 
-__all__ = ["ALONE", "Elsewhere", "Group", "joined"]
+__all__ = ["ALONE", "Elsewhere", "Group", "joined", "timeout"]
 
 T = TypeVar("T")
 TIMEOUT = "SCORESDE_TIMEOUT"
@@ -165,11 +165,11 @@ class Group:
     def agree(self, what: str, value: str) -> None:
         """Raise ValueError unless all have the same value; `what` names it."""
         found = self.objects((value, socket.gethostname()))
-        if len({each for each, _ in found}) > 1:
-            words = "; ".join(
-                f"rank {rank} on {host}: {each[:200]}" for rank, (each, host) in enumerate(found) if each != found[0][0]
-            )
-            raise ValueError(f"the processes differ in {what}. Rank 0 on {found[0][1]}: {found[0][0][:200]}; {words}")
+        if others := {rank: each for rank, (each, _) in enumerate(found) if each != found[0][0]}:
+            ours = found[0][0]
+            at = min(_same(ours, each) for each in others.values())
+            words = "; ".join(f"rank {rank} on {found[rank][1]}: {_around(each, at)}" for rank, each in others.items())
+            raise ValueError(f"the processes differ in {what}. Rank 0 on {found[0][1]}: {_around(ours, at)}; {words}")
 
     def check_shared(self, folder: Path) -> None:
         """Raise ValueError unless all processes see the folder that the first sees: on many machines, on a shared disk."""
@@ -208,6 +208,17 @@ class Group:
         return int(self.store.add(name, n))
 
 
+def _same(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _around(text: str, at: int, most: int = 200) -> str:
+    """So much of a text, with its character `at` in it."""
+    first = 0 if len(text) <= most else max(0, at - most // 4)
+    return ("... " if first else "") + text[first : first + most] + (" ..." if first + most < len(text) else "")
+
+
 ALONE = Group()  # of whoever is given no other
 
 
@@ -233,18 +244,18 @@ def joined(device: str = "cpu") -> Iterator[Group]:
         raise ValueError(
             f"RANK is set and {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not; wanted what torchrun sets"
         )
-    timeout = datetime.timedelta(seconds=_timeout())
+    patience = datetime.timedelta(seconds=timeout())
     rank, world = _number("RANK"), _number("WORLD_SIZE")
     if not rank < world:
         raise ValueError(f"RANK is {rank} and WORLD_SIZE {world}; wanted what torchrun sets")
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    store = _fresh(store, rank, world, timeout.total_seconds())
+    store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+    store = _fresh(store, rank, world, patience.total_seconds())
     backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
     group = _group(rank, world, dist.PrefixStore("scoresde", store))
     place = torch.device(group.place(device))
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=timeout)
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=patience)
     yield group
     dist.destroy_process_group()  # not after an error: the others are no longer there to agree, and the process ends
 
@@ -290,7 +301,8 @@ def _number(name: str, default: int | None = None) -> int:
     return check_count(int(text), name, 0)
 
 
-def _timeout() -> float:
+def timeout() -> float:
+    """Seconds that a process waits for another, as the environment says."""
     text = os.environ.get(TIMEOUT, str(SECONDS))
     try:
         seconds = float(text)

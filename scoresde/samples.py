@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from . import images
-from .pages import Facts, Pages
+from .pages import RECORDS, Facts, Pages
 from .seeds import Seeds, parse_seeds
 
 __all__ = ["COLUMNS", "COSTS", "FILE", "MEND", "Layout", "Samples", "digest", "files", "folders", "samples_of", "table"]
@@ -41,17 +43,46 @@ class Layout:
             return f"samples-{first:08d}-{last:08d}.npz"
         return f"samples/{seed - seed % 1000:08d}/{seed:08d}.png" if self.subdirs else f"samples/{seed:08d}.png"
 
-    def read(self, out: Path, shape: Sequence[int], seeds: Sequence[int]) -> list[np.ndarray]:
-        """The samples of these seeds, from their files."""
-        if self.format == "png":
-            return [images.picture(out / self.file(s), tuple(shape)) for s in seeds]
+    def read(
+        self, out: Path, shape: Sequence[int], seeds: Sequence[int], wanted: Mapping[int, str] | None = None
+    ) -> list[np.ndarray]:
+        """The samples of these seeds, from their files; ValueError that names a file which is not as it was written.
+
+        wanted: the digest of each sample, None: not compared.
+        """
         found: list[np.ndarray] = []
         for name, part in itertools.groupby(seeds, self.file):
-            with np.load(out / name, allow_pickle=False) as shard:
-                at = {int(s): i for i, s in enumerate(shard["seeds"])}
-                x = shard["x"]
-                found += [x[at[s]] for s in part]
+            of = list(part)
+            try:
+                made = [images.picture(out / name, tuple(shape))] if self.format == "png" else _shard(out / name, of)
+                if strange := [s for s, x in zip(of, made, strict=True) if x.shape != tuple(shape)]:
+                    raise ValueError(f"{out / name} has seed {strange[0]} of another shape than {list(shape)}")
+            except MemoryError:
+                raise
+            except Exception as error:  # numpy, zipfile and zlib raise all kinds at what is damaged
+                words = " ".join(str(error).split("; ")[0].split())  # without the mend, which is another one here
+                words = words if str(out / name) in words else f"{out / name} cannot be read ({type(error).__name__}: {words})"
+                raise ValueError(f"{words}; {_mend(out, name)}") from error
+            for s, x in zip(of, made, strict=True):
+                if wanted is not None and digest(x) != wanted.get(s):
+                    raise ValueError(f"{out / name} has not the sample of seed {s} that was written there; {_mend(out, name)}")
+            found += made
         return found
+
+
+def _shard(path: Path, seeds: Sequence[int]) -> list[np.ndarray]:
+    """The samples of these seeds in an npz file."""
+    with np.load(path, allow_pickle=False) as shard:
+        at, x = {int(s): i for i, s in enumerate(shard["seeds"])}, shard["x"]
+    if missing := [s for s in seeds if s not in at]:
+        raise ValueError(f"{path} has no seed {missing[0]}")
+    return [x[at[s]] for s in seeds]
+
+
+def _mend(out: Path, name: str) -> str:
+    """What makes a damaged file again; a run of many pages looks at no files of those that are recorded as whole."""
+    record = f" and {RECORDS}" if (out / RECORDS).exists() else ""
+    return f"delete {Path(name).name}{record} and run the command again that made the samples"
 
 
 def digest(x: np.ndarray) -> str:
@@ -84,7 +115,8 @@ def table(out: Path, layout: Layout, seeds: Seeds) -> Pages:
 class Samples:
     """`read(first, stop)` -> samples first .. stop - 1 in the order of their seeds, `[n, *shape]`: levels, or floats where levels is None.
 
-    low, high: the ends of the range that the levels cut into cells, None for floats; sha256: that of summary.json, of all the samples.
+    low, high: the ends of the range that the levels cut into cells, None for floats; sha256: that of summary.json, of all the samples;
+    seeds: as text.
     """
 
     count: int
@@ -93,6 +125,7 @@ class Samples:
     low: float | None
     high: float | None
     sha256: str
+    seeds: str
     read: Callable[[int, int], np.ndarray] = field(repr=False)
 
 
@@ -105,23 +138,51 @@ def samples_of(folder: str | Path) -> Samples:
         raise ValueError(
             f"{folder} has no summary.json, so its samples are not all there, or are none of `scoresde sample`; {mend}"
         )
-    try:
-        found = json.loads(path.read_text())
-        seeds, shape = parse_seeds(found["seeds"]), tuple(found["shape"])
-        layout = Layout(found["format"], found["subdirs"], found["batch"])
-        ends, sha256 = (found["levels"], found["low"], found["high"]), found["sha256"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is none of `scoresde sample` of this version ({type(error).__name__}: {error})") from error
-    rows = table(folder, layout, seeds).seen()
-    if rows is None or rows[1] != sha256:
-        raise ValueError(f"{folder} has not the rows of samples that its summary.json speaks of; {mend}")
+    found = _summary(folder)
+    seeds, shape = parse_seeds(found["seeds"]), tuple(found["shape"])
+    layout = Layout(found["format"], found["subdirs"], found["batch"])
+    pages = table(folder, layout, seeds)
+    rows = pages.seen()
+    if rows is None or rows[1] != found["sha256"]:
+        raise ValueError(f"{folder} has not the rows of samples that its summary.json speaks of; delete that, and {mend}")
+
+    @functools.lru_cache(maxsize=2)
+    def digests(page: int) -> dict[int, str]:
+        return {i: row[-1] for i, row in pages.rows(pages.path(page), page).items()}
 
     def read(first: int, stop: int) -> np.ndarray:
         if not 0 <= first < stop <= seeds.count:
             raise ValueError(f"samples {first} .. {stop - 1} are asked for; {folder} has 0 .. {seeds.count - 1}")
-        try:
-            return np.stack(layout.read(folder, shape, list(seeds.at(first, stop))))
-        except (KeyError, OSError) as error:
-            raise ValueError(f"{folder} has not all its samples ({type(error).__name__}: {error}); {mend}") from error
+        asked = list(seeds.at(first, stop))
+        return np.stack(layout.read(folder, shape, asked, {s: digests(s // pages.span).get(s, "") for s in asked}))
 
-    return Samples(seeds.count, shape, *ends, sha256, read)
+    ends = (found["levels"], found["low"], found["high"])
+    return Samples(seeds.count, shape, *ends, found["sha256"], found["seeds"], read)
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """What summary.json says; ValueError unless it is of `scoresde sample` and of the settings that lie beside it."""
+    path = folder / "summary.json"
+    try:
+        found, settings = (dict(json.loads((folder / name).read_text())) for name in ("summary.json", "settings.json"))
+        number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+        whole = lambda value, least: number(value) and value == int(value) >= least
+        shape, levels, ends = found["shape"], found["levels"], (found["low"], found["high"])
+        good = {
+            "seeds": isinstance(found["seeds"], str),
+            "shape": isinstance(shape, list) and bool(shape) and all(whole(side, 1) for side in shape),
+            "format": found["format"] in ("png", "npz"),
+            "subdirs": found["subdirs"] is None or isinstance(found["subdirs"], bool),
+            "batch": whole(found["batch"], 1),
+            "levels": levels is None or whole(levels, 2),
+            "low": levels is None or (all(map(number, ends)) and ends[0] < ends[1]),
+            "sha256": isinstance(found["sha256"], str),
+        }
+        if bad := [name for name in good if not good[name] or (name in settings and settings[name] != found[name])]:
+            raise ValueError(f"{bad[0]} is {found[bad[0]]!r}")
+        parse_seeds(found["seeds"])
+    except (AttributeError, KeyError, OSError, OverflowError, TypeError, ValueError) as error:
+        words = f"{type(error).__name__}: {error}"
+        mend = "delete it and run the command again that made the samples"
+        raise ValueError(f"{path} is damaged, edited, or none of `scoresde sample` of this version ({words}); {mend}") from error
+    return found

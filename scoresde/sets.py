@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from . import data
-from .images import mapped
+from . import data, datasets
+from .images import gathered, mapped
 from .metrics import Gaussian, from_npz
 from .samples import samples_of
 
-__all__ = ["Stream", "opened", "paired"]
+__all__ = ["Stream", "check_state", "is_light", "opened", "paired", "state"]
 
 Pair = tuple["Stream | Gaussian", "Stream | Gaussian"]
 
@@ -46,6 +46,40 @@ def _is_samples(path: Path) -> bool:
     return path.is_dir() and ((path / "settings.json").is_file() or any(path.glob("samples*.csv")))
 
 
+def is_light(what: str) -> bool:
+    """Whether its state is had at once, and not file by file."""
+    return what in datasets.SETS or not Path(what).is_dir() or _is_samples(Path(what))
+
+
+def state(what: str) -> str:
+    """What changes when the files of a set are written anew: size and time of each, the hashes in a folder of samples.
+
+    Nothing of a named set, whose files are checked by hash; ValueError for no name.
+    """
+    if not what:
+        raise ValueError("the name of a set is empty; wanted a folder, a .npy or .npz file or the name of a set")
+    path = Path(what)
+    if what in datasets.SETS:
+        return ""
+    try:
+        if _is_samples(path):
+            settings = hashlib.sha256((path / "settings.json").read_bytes()).hexdigest()
+            return f"{settings} {json.loads((path / 'summary.json').read_text())['sha256']}"
+        digest = hashlib.sha256()
+        for file in gathered(path)[0] if path.is_dir() else [path]:
+            found = file.stat()
+            digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+    except (KeyError, OSError, TypeError, ValueError):
+        return "none"  # and why is said by who opens it
+
+
+def check_state(what: str, before: str) -> None:
+    """Raise ValueError unless this is the state of the set."""
+    if state(what) != before:
+        raise ValueError(f"{what} has been written anew since the run began; run again, on data that nothing writes meanwhile")
+
+
 @functools.lru_cache(maxsize=4)
 def opened(what: str, part: str | None, levels: int | None) -> Stream | Gaussian:
     """The set of that name or path, opened once a process and run; levels: of a .npy file of integers."""
@@ -56,9 +90,8 @@ def opened(what: str, part: str | None, levels: int | None) -> Stream | Gaussian
         return from_npz(path)
     if _is_samples(path):
         made = samples_of(path)
-        seeds = json.loads((path / "summary.json").read_text())["seeds"]
         digest = lambda: made.sha256
-        return Stream(what, made.count, tuple(made.shape), made.levels, made.read, digest, made.low, made.high, seeds)
+        return Stream(what, made.count, tuple(made.shape), made.levels, made.read, digest, made.low, made.high, made.seeds)
     integers = path.suffix == ".npy" and path.is_file() and mapped(path, "images or vectors").dtype.kind in "iu"
     found = data.load(what, part=part, levels=levels if integers else None)
     read = lambda first, stop: found.x[np.arange(first, stop)]

@@ -88,8 +88,11 @@ def left(folder: Path) -> list[int]:
 
 
 def begin(folder: Path) -> None:
-    """Make the folder, without what a killed writer left torn."""
+    """Make the folder, without what a killed writer left torn; ValueError for a folder where a file of sums would be."""
     folder.mkdir(parents=True, exist_ok=True)
+    for path in (*(_path(folder, k) for k in left(folder)), folder / "total.npz"):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, and the name that of a file of this run; move it away")
     for path in folder.glob(".*.npz.*"):
         path.unlink()
 
@@ -107,11 +110,11 @@ def end(folder: Path) -> None:
 class Total:
     """The sums of units 0 .. folded - 1, of which those before `saved` are in total.npz; units that it has need no files.
 
-    redo: makes the sums of a unit whose file is damaged.
+    redo: makes the sums of a unit whose file is damaged; units: how many there are: files of later ones are another run's, and go.
     """
 
-    def __init__(self, folder: Path, key: str, redo: Callable[[int], Sums]) -> None:
-        self.folder, self.key, self.redo = folder, key, redo
+    def __init__(self, folder: Path, key: str, redo: Callable[[int], Sums], units: int) -> None:
+        self.folder, self.key, self.redo, self.units = folder, key, redo, units
         self.sums: Sums = {}
         self.folded = self.saved = 0
         path = folder / "total.npz"
@@ -121,6 +124,9 @@ class Total:
                 self.folded, self.sums = int(match[1]), found[1]
             else:
                 warn(f"{path} is damaged or of another run; all units are made anew")
+        for k in left(folder):
+            if k >= units:
+                _path(folder, k).unlink(missing_ok=True)
         self.saved = self.folded
         self._drop()
         self._time = time.monotonic()
@@ -145,7 +151,7 @@ class Total:
     def sweep(self) -> bool:
         """Add the units that have files, as far as none is missing; save if there was one, so that few files wait."""
         before = self.folded
-        while _path(self.folder, self.folded).exists():
+        while self.folded < self.units and _path(self.folder, self.folded).exists():
             found = take(self.folder, self.folded, self.key)
             if found is None:
                 warn(f"{_path(self.folder, self.folded)} is damaged or of another run; its unit is made anew")
@@ -267,7 +273,7 @@ class Work:
 
     def _wait(self, until: Callable[[], bool]) -> None:
         """For the others, as long as they get on."""
-        seconds, mark, since = parallel._timeout(), -1, time.monotonic()
+        seconds, mark, since = parallel.timeout(), -1, time.monotonic()
         while not until():
             self._heed()
             if not self._add():

@@ -230,6 +230,7 @@ def test_evaluated(there, capsys):
 def rank(monkeypatch):
     """As torchrun starts process r of 2, without what connects them."""
     monkeypatch.setattr(cli, "LINGER", 0.0)
+    monkeypatch.setattr(cli, "HEED", 0.0)
     monkeypatch.setattr(cli, "joined", lambda device: nullcontext(Group()))
 
     def become(r, local=0):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scoresde.metrics.inputs import Array, samples, tensor
 
-__all__ = ["Statistics", "Terms", "fid", "frechet_distance", "frechet_terms"]
+__all__ = ["Statistics", "Terms", "check_covariance", "fid", "frechet_distance", "frechet_terms"]
 
 TOLERANCE = 1e-4  # how far from symmetric and positive a covariance may be, relative: float32 sums reach 1e-5
 
@@ -125,6 +125,12 @@ def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> fl
     Source: Dowson and Landau 1982.
     """
     return frechet_terms(mean1, cov1, mean2, cov2).distance
+
+
+def check_covariance(cov: Array, name: str) -> None:
+    """Raise ValueError unless this is a covariance [D, D]: finite, symmetric, no eigenvalue below 0 but for rounding."""
+    x = tensor(cov, name, 2)
+    _root(x, name, len(x))
 
 
 def _root(cov: Tensor, name: str, dim: int) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from scoresde.metrics.frechet import Statistics
+from scoresde.metrics.frechet import TOLERANCE, Statistics
 from scoresde.metrics.inputs import tensor
 
 __all__ = ["Gaussian", "from_npz", "to_npz"]
@@ -57,20 +58,39 @@ def from_npz(path: Path) -> Gaussian:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in ("mu", "sigma", "n", "facts") if name in file}
-        facts = dict(json.loads(str(found.pop("facts", "{}"))))
-        n = int(found.pop("n")) if "n" in found else None
-    except FileNotFoundError:
+        facts = dict(json.loads(str(found.pop("facts", "{}")), parse_constant=_refuse))
+    except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # numpy and zipfile raise all kinds at what is no such file
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); wanted an .npz file of mu and sigma") from error
+    for name in ("features", "features_sha256"):
+        if not isinstance(facts.get(name, ""), str):
+            raise ValueError(f"{path} says of its features that {name} is {facts[name]!r}; wanted a text")
     if missing := [name for name in ("mu", "sigma") if name not in found]:
         raise ValueError(f"{path} has no {' and no '.join(missing)}; wanted an .npz file of mu [D], sigma [D, D] and n")
     if any(value.dtype.kind not in "fiu" for value in found.values()):
         kinds = ", ".join(f"{name} is {value.dtype}" for name, value in found.items())
         raise ValueError(f"{path}: {kinds}; wanted numbers")
+    with np.errstate(over="ignore"):
+        found = {name: np.asarray(value, np.float64) for name, value in found.items()}
     mean, cov = tensor(found["mu"], f"mu of {path}", 1), tensor(found["sigma"], f"sigma of {path}", 2)
     if not len(mean) or cov.shape != (len(mean), len(mean)):
         raise ValueError(f"{path} has mu {list(mean.shape)} and sigma {list(cov.shape)}; wanted [D] and [D, D]")
-    if n is not None and n < 2:
-        raise ValueError(f"{path} is of {n} samples; wanted at least 2")
-    return Gaussian(n, mean, cov, facts)
+    largest = float(cov.abs().max())
+    if not bool(torch.isfinite(mean.square().sum() + cov.trace() + largest**0.5 * len(mean))):
+        raise ValueError(f"{path} has numbers up to {max(float(mean.abs().max()), largest):.3g}, whose squares are beyond float64")
+    if (apart := float((cov - cov.T).abs().max())) > TOLERANCE * largest:
+        raise ValueError(f"sigma of {path} differs from its transpose by {apart:.3g}; wanted a covariance: (sigma + sigma.T) / 2")
+    if (least := float(cov.diagonal().min())) < -TOLERANCE * largest:
+        raise ValueError(f"sigma of {path} has {least:.3g} on its diagonal; wanted a covariance, whose diagonal has none below 0")
+    return Gaussian(_count(found["n"], path) if "n" in found else None, mean, cov, facts)
+
+
+def _count(n: np.ndarray, path: Path) -> int:
+    if n.size != 1 or not 2 <= (value := float(n.reshape(()))) <= 2**53 or value != int(value):
+        raise ValueError(f"{path} says n is {n.tolist()}; wanted the number of samples, a whole number of at least 2, or no n")
+    return int(value)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"facts have {name}, which is no JSON")
