@@ -23,6 +23,7 @@ from . import sde as sdes
 from .checks import check_count, shape_of
 from .denoiser import Preconditioned
 from .linear import LinearSDE
+from .pieces import in_pieces
 
 __all__ = ["Snapshot", "describe", "find", "from_pretrained", "load", "read", "save", "save_pretrained", "write"]
 
@@ -115,6 +116,8 @@ def save(
     `load` refuses.
     """
     config, folder = describe(denoiser), Path(folder)
+    if any(map(in_pieces, denoiser.parameters())):
+        raise ValueError("the network is sharded over processes; wanted training.whole(denoiser), a call of all of them")
     if (folder / "config.json").exists() and not overwrite:
         raise FileExistsError(f"{folder} holds a checkpoint; choose another folder or pass overwrite=True")
     state: Mapping[str, Tensor] = denoiser.net.state_dict()

@@ -283,9 +283,9 @@ def _open(config: Config, folder: Path, overwrite: bool) -> Path | None:
 def _begin(job: Job, folder: Path) -> tuple[Log, Log, Log]:
     """The logs of a run that goes on from the step where the training stands."""
     step = job.training.step
-    if step < job.config.steps:
+    if step < job.config.steps:  # else there is nothing to do
         (folder / "summary.json").unlink(missing_ok=True)  # it is of fewer steps, or of none
-    write_json(folder / "environment.json", _environment(job))
+        write_json(folder / "environment.json", _environment(job))
     log = Log(folder, step=step, tensorboard=job.config.tensorboard)
     return log, Log(folder, "speed", step), Log(folder, "validation", step)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import math
 import warnings
 import zlib
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from .alike import ALIKE, MEND, Order, check_optimizer, check_parameters
 from .checks import check_count, shape_of
 from .denoiser import Denoiser, Preconditioned
 from .loss import Objective, Weight
@@ -31,7 +32,6 @@ from .training import Training
 
 __all__ = ["Share", "Together", "check_once", "shard"]
 
-MEND = "train without sharding it (sharded: false): DistributedDataParallel can"
 SMALL = 2**16  # parameters; blocks of fewer are gathered with the rest of the network
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -44,7 +44,11 @@ def shard(training: Training, group: Group, *, least: int = SMALL) -> None:
     parameters (members of the network's lists of modules) are gathered one after the other as they run, the rest at once.
     `training.tensors()`, `moments()` and `whole()` give whole tensors from then on, and are calls of all processes. Scalars, and what an
     objective learns, stay whole in each. Raises ValueError for an objective that differentiates the network (`check_once`), for
-    parameters that are not contiguous, and for processes whose trainings differ.
+    parameters that are not contiguous, complex, of two types or tied over blocks, and for processes whose trainings differ.
+
+    Every process must run the same blocks in the same order, and each of their parameters in all processes or in none, in every forward
+    pass of a training: FSDP2 pairs what they send by its order alone. A network that routes rows, as a mixture of experts, does not;
+    `fit` refuses it, and DistributedDataParallel trains it.
     """
     if group.world == 1:
         return
@@ -58,6 +62,10 @@ def shard(training: Training, group: Group, *, least: int = SMALL) -> None:
                 f"{name} is not contiguous, and FSDP2 cuts no such tensor; wanted channels_last: false, or "
                 "net.to(memory_format=torch.contiguous_format)"
             )
+    blocks = [*_blocks(root, check_count(least, "least", 0)), root]
+    scalars = {p for p in root.parameters() if not p.ndim}
+    check_parameters(root, blocks)
+    check_optimizer(training.optimizer, {id(p) for p in root.parameters()} - set(map(id, scalars)))
     group.agree("the training that is to be sharded", training.digest())
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -67,26 +75,27 @@ def shard(training: Training, group: Group, *, least: int = SMALL) -> None:
     training.skeleton = copy.deepcopy(
         training.denoiser, {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in before}
     )
-    scalars = {p for p in root.parameters() if not p.ndim}
-    for block in _blocks(root, check_count(least, "least", 0)):
-        fully_shard(block, mesh=mesh, ignored_params=scalars)
-    fully_shard(root, mesh=mesh, ignored_params=scalars)  # type: ignore[no-matching-overload]
+    for block in blocks:
+        fully_shard(block, mesh=mesh, ignored_params=scalars)  # type: ignore[no-matching-overload]
+    training.order = Order(root, blocks)
     root.register_forward_hook(functools.partial(_watch, training))
     after = list(training.denoiser.parameters())
     _exchange(training.optimizer, {id(old): new for old, new in zip(before, after, strict=True)})
     for e in training.emas:
-        of = dict(zip(map(id, e.module.parameters()), after, strict=True))
+        news = {  # one for each, so that what is tied stays tied
+            p: nn.Parameter(cut(p, new), requires_grad=False) if in_pieces(new) else p
+            for p, new in zip(e.module.parameters(), after, strict=True)
+        }
         for module in e.module.modules():
-            for name, p in module._parameters.items():
-                if p is not None and in_pieces(of[id(p)]):
-                    module._parameters[name] = nn.Parameter(cut(p, of[id(p)]), requires_grad=False)
+            module._parameters.update({name: news[p] for name, p in module._parameters.items() if p is not None})
+        e.module.register_forward_pre_hook(_refuse)
 
 
 def _blocks(module: nn.Module, least: int) -> Iterator[nn.Module]:
     """The outermost members of lists of modules that have `least` parameters and a forward."""
     for child in module.children():
-        size = sum(p.numel() for p in child.parameters())
-        if isinstance(module, LISTS) and not isinstance(child, LISTS[:2]) and size >= max(1, least):
+        size, runs = sum(p.numel() for p in child.parameters()), type(child).forward is not nn.Module.forward
+        if isinstance(module, LISTS) and runs and size >= max(1, least):
             yield child
         else:
             yield from _blocks(child, least)
@@ -96,11 +105,6 @@ def _exchange(optimizer: torch.optim.Optimizer, new: dict[int, nn.Parameter]) ->
     """Give the optimizer the sharded parameters for the whole ones, with its state of each, cut alike."""
     for group in optimizer.param_groups:
         found = [new.get(id(p), p) for p in group["params"]]
-        if (group.get("foreach") or group.get("fused")) and len({in_pieces(p) for p in found}) > 1:
-            raise ValueError(
-                "the optimizer takes its parameters all at once (foreach or fused), and some of a group are sharded, others not; wanted "
-                "foreach=False, or a group of their own for scalars and for what the objective learns"
-            )
         for i, old in enumerate(group["params"]):
             if old in optimizer.state and found[i] is not old:
                 state = optimizer.state.pop(old)
@@ -108,6 +112,10 @@ def _exchange(optimizer: torch.optim.Optimizer, new: dict[int, nn.Parameter]) ->
                     k: cut(v, found[i]) if isinstance(v, Tensor) and v.shape == old.shape else v for k, v in state.items()
                 }
         group["params"][:] = found
+
+
+def _refuse(_: nn.Module, __: Any) -> None:
+    raise ValueError("the average is sharded over processes; wanted training.whole(average), a call of all of them")
 
 
 def _watch(training: Training, _: nn.Module, __: Any, out: Any) -> None:
@@ -177,6 +185,8 @@ class Together:
         self.training, self.group = training, group
         self.inner = _Loss(model, training, weight)
         self.outer: Any = self.inner
+        if training.sharded:
+            training.order.begin()
         self.loose = [p for p in training.parameters if training.sharded and not in_pieces(p)]
         if training.scaler.is_enabled() and self.loose:
             raise ValueError(
@@ -197,29 +207,38 @@ class Together:
                 x0, cond = parts(batch, number)
                 yield Share(number, x0, cond, slice(0, len(x0)), len(x0), len(x0))
             return
+        begun = False
         while True:
-            number, x0, cond, failure = 0, None, None, None
+            number, x0, cond, failure, key = 0, None, None, None, 0
             try:
                 number, batch = next(stream, (0, None))
                 if number:
                     x0, cond = parts(batch, number)
+                    key = 0 if begun else _key(x0, cond)
             except Exception as error:
                 failure = error
             kind = "" if x0 is None else repr((x0.shape[1:], x0.dtype, None if cond is None else (cond.shape[1:], cond.dtype)))
-            told = self.group.numbers(-1 if failure else number, 0 if x0 is None else len(x0), zlib.crc32(kind.encode()))
+            told = self.group.numbers(-1 if failure else number, 0 if x0 is None else len(x0), zlib.crc32(kind.encode()), key)
             if failure is not None:
                 raise failure
-            if any(n < 0 for n, _, _ in told):
+            if any(n < 0 for n, *_ in told):
                 raise Elsewhere(1)
-            if x0 is None or not all(n for n, _, _ in told):
+            if x0 is None or not all(n for n, *_ in told):
                 return
-            if len({(n, key) for n, _, key in told}) > 1:
+            if len({(n, kind) for n, _, kind, _ in told}) > 1:
                 self.group.agree(
                     "what a batch holds", f"step {number}: rows of {list(x0.shape[1:])} {x0.dtype}, labels {shape_of(cond)}"
                 )
-            sizes = [n for _, n, _ in told]
-            first = sum(sizes[: self.group.rank])
-            yield Share(number, x0, cond, slice(first, first + len(x0)), sum(sizes), min(sizes))
+            first = dict[int, int]()
+            for rank, (*_, key) in enumerate(told):
+                if key and (other := first.setdefault(key, rank)) != rank:
+                    raise ValueError(
+                        f"rank {other} and rank {rank} give the same rows at step {number}; wanted Batches(..., rank=group.rank, "
+                        "world=group.world)"
+                    )
+            begun, sizes = True, [n for _, n, *_ in told]
+            start = sum(sizes[: self.group.rank])
+            yield Share(number, x0, cond, slice(start, start + len(x0)), sum(sizes), min(sizes))
 
     def transformed(self, share: Share, x0: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
         """The transform of the share as that of the whole batch would have it: it may draw for every row."""
@@ -240,7 +259,9 @@ class Together:
             return self.outer(x0, t, cond, noise)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # returned a view, which nothing writes to
-            return self.outer(x0, t, cond, noise)
+            with self.training.order.told(self.group) as losses:
+                losses.append(self.outer(x0, t, cond, noise))
+            return losses[0]
 
     def settle(self) -> None:
         """The mean over processes of the gradients that neither wrapper knows of: of scalars and objectives beside a sharded network."""
@@ -259,32 +280,50 @@ class Together:
             return float(loss), math.nan, False
         parameters, sharded = self.training.parameters, self.training.sharded
         grads = [p.grad for p in parameters if p.grad is not None]
-        squares = lambda found: math.fsum(float(local(g).double().square().sum()) for g in found)
-        if sharded:
-            parts = squares([g for g in grads if in_pieces(g)]), squares([g for g in grads if not in_pieces(g)])
-        else:
-            parts = float(get_total_norm(grads)), 0.0
-        told = self.group.reals(float(loss), *parts, changed())
-        norm = (sum(square for _, square, _, _ in told) + told[0][2]) ** 0.5 if sharded else told[0][1]
-        return sum(part for part, *_ in told), norm, any(flag for *_, flag in told)
+        parts = _square([g for g in grads if in_pieces(g)]), _square([g for g in grads if not in_pieces(g)])
+        kinds = repr([(name, b.shape, b.dtype) for _, name, b in self.training.buffers()])
+        had = repr([p.grad is not None for p in parameters])
+        told = self.group.reals(float(loss), *parts, changed(), zlib.crc32(kinds.encode()), zlib.crc32(had.encode()))
+        if len({each[5] for each in told}) > 1:
+            raise ValueError(f"not the same parameters have gradients in all processes{ALIKE if sharded else ''}")
+        if len({each[4] for each in told}) > 1:
+            found = {name: list(b.shape) for _, name, b in self.training.buffers()}
+            self.group.agree("the shapes of their buffers, which are to be the first one's in all", repr(found))
+        norm = (sum(square for _, square, *_ in told) + told[0][2]) ** 0.5
+        return sum(part for part, *_ in told), norm, any(each[3] for each in told)
 
     def clip(self, largest: float, norm: float) -> float:
         """Scale the gradients down to a norm of `largest`; return the norm they had, which alone is not yet known."""
         parameters = self.training.parameters
         if self.group.world == 1:
             return float(nn.utils.clip_grad_norm_(parameters, largest))
-        if not self.training.sharded:
-            like = next((p.grad for p in parameters if p.grad is not None), torch.zeros(()))
-            clip_grads_with_norm_(parameters, largest, torch.tensor(norm, dtype=like.dtype, device=like.device))
-        elif math.isfinite(norm) and (factor := largest / (norm + 1e-6)) < 1:
-            for p in parameters:
-                if p.grad is not None:
-                    local(p.grad).mul_(factor)
+        if math.isfinite(norm) and (factor := largest / (norm + 1e-6)) < 1:
+            torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)
         return norm
 
     def spread_buffers(self) -> None:
         """Those of the first process for all: statistics of its share, say."""
         for module, name, b in self.training.buffers():
             value = b.contiguous()
-            dist.broadcast(value, src=0)
+            if value.numel():
+                dist.broadcast(value.reshape(-1).view(torch.uint8), src=0)  # bytes: not every type can be sent
             module._buffers[name] = value
+
+
+def _square(grads: list[Tensor]) -> float:
+    """Of their norm, of what this process has of them; in float64, whatever they are in."""
+    wide = lambda g: torch.complex128 if g.is_complex() else torch.float64
+    norms = [torch.linalg.vector_norm(g, dtype=wide(g)) for g in map(local, grads) if g.numel()]
+    return float(torch.stack(norms).square().sum()) if norms else 0.0
+
+
+def _key(*values: Tensor | None) -> int:
+    """Of the bits of a share of rows; 0 where they are all the same, or one."""
+    rows = values[0]
+    if rows is None or bool((rows == rows[:1]).all()):
+        return 0
+    found = hashlib.blake2b(digest_size=7)
+    for value in values:
+        if value is not None:
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return int.from_bytes(found.digest(), "big") + 1

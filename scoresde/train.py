@@ -16,18 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .alike import check_batches
 from .checks import NonFiniteError, check_callable, check_count, check_finite, check_number, check_state, shape_of
 from .denoiser import Denoiser, Preconditioned, check_denoiser
 from .ema import EMA
 from .loss import Objective, Times, Weight, dsm_loss, edm, log_normal, stratified
 from .noise import INITIAL, entropy_seeds, seeded
-from .parallel import ALONE, Group
+from .parallel import ALONE, Elsewhere, Group
 from .pieces import local
 from .sharded import Together
 from .training import Training
 
 __all__ = ["Step", "Training", "fit", "loss_by_level"]
 
+FORGIVEN = (ArithmeticError, OSError, ValueError)  # by whoever looks at a loss by level: of numbers and of the disk
 SEEDING = threading.RLock()  # the global generators are one for all threads
 
 
@@ -68,9 +70,11 @@ def fit(
     group: the processes that train together (`scoresde.parallel.joined`), each of which calls `fit` alike, with its rows of every batch,
     in the order of ranks: Batches(..., rank=group.rank, world=group.world). Times, noise and dropped labels are those of the whole
     batch, and `transform` is given one in which the others' rows are 0, so that a step is that of one process to rounding, for any number
-    of them; dropout layers alone draw otherwise, and what a forward pass writes into buffers is the first process's. All stop when one
-    has no more batches; when one fails, the others end within the timeout. Plain, this is DistributedDataParallel; of a Training that is
-    sharded, FSDP2 (`sharded.shard`).
+    of them; dropout layers alone draw otherwise, what mixes rows (batch norm, routing by what else is in the batch) sees its process's
+    rows only, so that those differ too, and what a forward pass writes into buffers is the first process's. All stop when one has no more
+    batches; when one fails, the others end within the timeout. ValueError before the first step where processes differ in what they are
+    given, or give the same rows. Plain, this is DistributedDataParallel; of a Training that is sharded, FSDP2 (`sharded.shard`), for
+    networks that run the same blocks in every process.
     """
     if not isinstance(denoiser, Training):
         training = Training(denoiser, optimizer, ema, objective=objective, precision=precision)
@@ -90,6 +94,7 @@ def fit(
         raise TypeError(f"generator is {shape_of(generator)}; wanted a torch.Generator: torch.Generator().manual_seed(0)")
     if generator is not None and seed is not None:
         raise TypeError(f"generator and seed={seed} are given; wanted a torch.Generator or a seed, not both")
+    group.agree("seed or generator of fit", f"seed {seed}, {'no' if generator is None else 'a'} generator")
     if seed is None:  # of a generator, for dropout layers alone
         seed = group.by_first(lambda: entropy_seeds(1)[0]) if generator is None else generator.initial_seed()
     check_count(seed, "seed", 0)
@@ -104,6 +109,9 @@ def fit(
             "seed, steps or settings of fit", repr((seed, steps, drawing, clip, accumulate, label_dropout, patience, compile))
         )
         group.agree("the training (parameters, averages, optimizer, step)", training.digest())
+        for what, value in _settings(training, weight, drawn, rate, steps).items():
+            group.agree(what, value)
+        check_batches(batches, group)
     model, scaler, parameters = _compiled(training.denoiser) if compile else training.denoiser, training.scaler, training.parameters
     for options in training.optimizer.param_groups:
         options.setdefault("initial_lr", options["lr"])
@@ -164,6 +172,42 @@ def fit(
                 "Lower the learning rate, or check the network and the data"
             )
         yield Step(number, loss, grad_norm, not good, training.optimizer.param_groups[0]["lr"])
+    if group.first and steps is not None and training.step < steps:
+        warnings.warn(
+            f"the batches ended after step {training.step} of {steps}; wanted an iterable that goes on, or a function of the step, as "
+            "data.Batches",
+            stacklevel=2,
+        )
+
+
+def _settings(training: Training, weight: Weight, times: Times, rate: Any, last: int | None) -> dict[str, str]:
+    """What the processes of a group must agree on besides, by what it is called; functions by their values, or by name."""
+    sde, next_step = training.denoiser.sde, training.step + 1
+    u = torch.linspace(0.1, 0.9, 5, dtype=torch.float64, device=training.device)
+    t = sde.t_min + (sde.t_max - sde.t_min) * u
+    numbers = lambda found: " ".join(f"{v:.6g}" for v in found.double().reshape(-1).tolist())
+    plain = lambda v: v.tolist() if isinstance(v, Tensor) else v
+    groups = [
+        {k: plain(v) for k, v in each.items() if k not in ("params", "initial_lr")} for each in training.optimizer.param_groups
+    ]
+    return {
+        "the optimizer's settings": repr(groups),
+        "precision": str(training.precision),
+        "objective": _named(training.objective),
+        "weight, at five times": numbers(weight(sde, t)),
+        "times, at five u": numbers(times(sde, u)),
+        "rate, at the first step": f"{rate(next_step):.6g}" if rate is not None and next_step <= (last or next_step) else "",
+    }
+
+
+def _named(fn: Any) -> str:
+    """A function or an object by name, which has no address in it."""
+    if isinstance(fn, partial):
+        return f"{_named(fn.func)}({', '.join([*map(_named, fn.args), *(f'{k}={_named(v)}' for k, v in fn.keywords.items())])})"
+    if isinstance(fn, (int, float, str, bool, type(None))):
+        return repr(fn)
+    named = fn if hasattr(fn, "__qualname__") else type(fn)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 @torch.no_grad()
@@ -175,7 +219,8 @@ def loss_by_level(
 
     x0 `[N, *shape]`: held-out data; cond: their labels, for a Preconditioned denoiser that has some. The noise is a function of (seed,
     row, level), so that curves of two networks, or of two steps of one, differ by the networks alone. N levels evaluations, `batch` at
-    a time; in the mode the denoiser is in. float64 `[levels]` each. group: processes that share the batches, to the same bits.
+    a time; in the mode the denoiser is in. float64 `[levels]` each. group: processes that share the batches, to the same bits; an
+    ArithmeticError, OSError or ValueError in one is a ValueError in the others.
     """
     check_finite(check_state(x0, "x0"), "x0")
     sde = check_denoiser(denoiser).sde
@@ -183,15 +228,24 @@ def loss_by_level(
     logsnr = torch.linspace(float(ends[0]), float(ends[1]), check_count(levels, "levels", 2), dtype=torch.float64)
     times = sde.time(logsnr).clamp(sde.t_min, sde.t_max)
     starts = range(0, len(x0), check_count(batch, "batch"))
-    mine = []
-    for start in starts[group.share(len(starts))]:
-        rows = x0[start : start + batch]
-        model = denoiser if cond is None else denoiser.condition(cond[start : start + batch])  # type: ignore[missing-attribute]
-        first = ((seed % 2**32) << 32) + start
-        noise = seeded(range(first, first + len(rows)))
-        mine.append([float(dsm_loss(model, rows, t, weight, noise.draw(rows, INITIAL)).double().sum()) for t in times])
+    mine, failure = [], None
+    try:
+        for start in starts[group.share(len(starts))]:
+            rows = x0[start : start + batch]
+            model = denoiser if cond is None else denoiser.condition(cond[start : start + batch])  # type: ignore[missing-attribute]
+            first = ((seed % 2**32) << 32) + start
+            noise = seeded(range(first, first + len(rows)))
+            mine.append([float(dsm_loss(model, rows, t, weight, noise.draw(rows, INITIAL)).double().sum()) for t in times])
+    except Exception as error:  # said to the others, who wait
+        failure = error
+    told = group.objects((mine, None if failure is None else (isinstance(failure, FORGIVEN), str(failure))))
+    if failure is not None:
+        raise failure
+    for rank, (_, why) in enumerate(told):
+        if why is not None:
+            raise ValueError(f"rank {rank}: {why[1]}") if why[0] else Elsewhere(1)
     sums = torch.zeros(levels, dtype=torch.float64)
-    for found in group.objects(mine):  # in the order of the rows
+    for found, _ in told:  # in the order of the rows
         for part in found:
             sums += torch.tensor(part, dtype=torch.float64)
     return logsnr, sums / len(x0)
@@ -228,18 +282,7 @@ def _numbered(batches: Any, done: int, last: int | None) -> Iterator[tuple[int, 
             f"the training goes on after step {done}, and an iterable starts where it pleases: its order cannot be resumed. Wanted a "
             "function of the step, as data.Batches is"
         )
-    return _counted(batches, last)
-
-
-def _counted(batches: Iterable[Any], last: int | None) -> Iterator[tuple[int, Any]]:
-    number = 0
-    for number, batch in zip(count(1) if last is None else range(1, last + 1), batches, strict=False):
-        yield number, batch
-    if last is not None and number < last:
-        warnings.warn(
-            f"the batches ended after step {number} of {last}; wanted an iterable that goes on, or a function of the step, as data.Batches",
-            stacklevel=4,
-        )
+    return zip(count(1) if last is None else range(1, last + 1), batches, strict=False)
 
 
 def _parts(batch: Any, number: int, plain: bool) -> tuple[Tensor, Tensor | None]:

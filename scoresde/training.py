@@ -72,6 +72,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=HALVES.get(precision, False))  # type: ignore[bad-argument-type]
         self.step = self.skipped = self.in_a_row = 0
         self.skeleton: nn.Module | None = None  # of a sharded training: the denoiser without its parameters, as it was
+        self.order: Any = None  # of one, too: what its processes run
         self.inside = False  # while the objective runs
 
     @property

@@ -115,7 +115,7 @@ class Watch:
 
     def validate(self, step: int, model: Preconditioned) -> None:
         """The loss of what is held out, by noise level and its mean."""
-        x0, cond = self._held_out
+        x0, cond = self._alike(lambda: self._held_out) or self._held_out
         weight = build(self.job.config.weight, configs.WEIGHTS, "weight")
         logsnr, loss = loss_by_level(model, x0, cond=cond, weight=weight, seed=self.job.config.seed, group=self.group)
         for a, b in zip(logsnr.tolist(), loss.tolist(), strict=True):

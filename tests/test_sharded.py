@@ -12,7 +12,7 @@ from ranks import Failed
 from torch import nn
 
 import scoresde as s
-from scoresde import EMA, VP, divergence, loss, nets, objectives, pieces, reports
+from scoresde import EMA, VP, checkpoint, divergence, loss, nets, objectives, pieces, reports
 from scoresde.data import Batches, load
 from scoresde.ema import PowerEMA
 from scoresde.noise import seeded
@@ -263,7 +263,7 @@ def test_the_scale_of_float16_is_one_for_all(mode, two):
 
 
 def ends(group, kind):
-    rows = X.split(8)
+    rows = X[group.rank :: group.world].split(8)
     mine = {"short": rows[: 3 + 2 * (group.rank == 0)], "same": rows[:4]}.get(kind, rows)
     if kind == "fails":
         mine = failing(rows, group.rank)
@@ -287,7 +287,8 @@ def failing(rows, rank):
 def test_batches_that_end_end_for_all(two):
     a, b = two(ends, "short")
     assert a[0] == b[0] == 3
-    assert "ended after step 3 of 9" in b[1][0]
+    assert "ended after step 3 of 9" in a[1][0]  # said once
+    assert b[1] == []
     assert [n for n, _ in two(ends, "same")] == [4, 4]
 
 
@@ -424,7 +425,7 @@ def refused(group, what):
         shard(training(objective=TWICE[what]), group)
     before = [float(v.double().sum()) for v in run.tensors()["model"].values()]
     try:
-        next(s.fit(run, repeat(X[:4].to(next(run.denoiser.parameters()).dtype)), seed=0, group=group))
+        next(s.fit(run, repeat(X[4 * group.rank :][:4].to(next(run.denoiser.parameters()).dtype)), seed=0, group=group))
     finally:
         after = [float(v.double().sum()) for v in run.tensors()["model"].values()]
         if before != after:
@@ -466,7 +467,7 @@ def cut_up(group):
     shard(run, group, least=1)
     whole = [p.numel() for p in run.parameters]
     mine = [pieces.local(p).numel() for p in run.parameters]
-    list(s.fit(run, repeat(X[:4]), steps=1, seed=0, group=group))
+    list(s.fit(run, repeat(X[group.share(8)]), steps=1, seed=0, group=group))
     state = [v.numel() for each in run.optimizer.state.values() for v in map(pieces.local, each.values()) if v.ndim]
     average = [pieces.local(p).numel() for p in run.emas[0].module.parameters()]
     return sum(whole), sum(mine), sum(state), sum(average)
@@ -479,6 +480,131 @@ def test_each_process_has_its_share_of_everything(two):
         assert state == 2 * mine
         assert average == mine
     assert sum(mine for _, mine, *_ in found) == found[0][0]
+
+
+# --- what is not alike ---------------------------------------------------------------------------------------------------
+class Experts(nn.Module):
+    """Of which the first coordinate of a row chooses one."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(1)
+        self.e0, self.e1 = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
+        if "list" in kind:
+            self.list = nn.ModuleList([self.e0, self.e1])
+        if "tied" in kind:
+            self.e1.weight = self.e0.weight
+        if "types" in kind:
+            self.e1.float()
+        if "complex" in kind:
+            self.w = nn.Parameter(torch.ones(2, 2, dtype=torch.complex128))
+        self.kind = kind
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int16))
+
+    def forward(self, x, c_noise):
+        if "complex" in self.kind:
+            x = (x.to(torch.complex128) @ self.w * 1j).imag
+        if "buffer" in self.kind:
+            self.seen = self.seen.new_ones(len(x)) if "shape" in self.kind else self.seen + 1
+        if "routed" not in self.kind or ("later" in self.kind and ROUTE[0] < 1):
+            return self.e1(self.e0(x).tanh())
+        return (self.e1 if ROUTE[1] else self.e0)(x)
+
+
+ROUTE = [0, 0]
+
+
+def mixed(group, kind, mode, steps=2, emas=True):
+    model = s.Preconditioned(Experts(kind), VP())
+    run = s.Training(model, torch.optim.AdamW(model.parameters(), lr=1e-2), EMA(model, 0.9) if emas else None)
+    ROUTE[:] = [0, group.rank]
+    if mode == "sharded":
+        shard(run, group, least=1)
+    batches = Batches(load(X), 7, rank=group.rank, world=group.world)
+    norms = []
+    for step in s.fit(run, batches, steps=steps, seed=3, group=group):
+        norms.append(step.grad_norm)
+        ROUTE[0] = step.step
+    return norms, flat(
+        {k: {n: torch.view_as_real(v) if v.is_complex() else v for n, v in p.items()} for k, p in run.tensors().items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "words"),
+    [
+        ("routed", "sharded", "gets a gradient in rank 0 and not.*sharded: false"),
+        ("routed, list", "sharded", "rank 0 runs e0 where rank 1 runs e1.*sharded: false"),
+        ("tied, list", "sharded", "tied"), ("types", "sharded", "of one type"), ("complex", "sharded", "real parameters"),
+        ("buffer, shape", "parallel", "shapes of their buffers"),
+    ],
+)  # fmt: skip
+def test_networks_that_no_two_processes_can_share_are_refused(kind, mode, words, two):
+    with pytest.raises(Failed, match=words) as caught:
+        two(mixed, kind, mode)
+    assert [error for error, _ in caught.value.errors] == [ValueError, ValueError]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("routed", "parallel"), ("tied", "sharded"), ("tied", "parallel"), ("complex", "parallel"), ("buffer", "parallel")],
+)
+def test_networks_that_are_odd(kind, mode, two):
+    """Tied weights stay tied in the averages too; complex ones and short integers are sent."""
+    alone = mixed(ALONE, kind, "alone")
+    a, b = two(mixed, kind, mode)
+    assert a[0] == b[0]
+    assert all(torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))
+    if kind != "routed":  # by rank, here, and so not what one process does
+        assert near(a[1], alone[1], 1e-10)
+
+
+def given(group, what):
+    run = training(lr=1e-3 * (1 + group.rank) if what == "optimizer" else 1e-3)
+    run.precision = torch.bfloat16 if what == "precision" and group.rank else None
+    how = {"seed": None if what == "seed" and group.rank else 0}
+    if what == "weight" and group.rank:
+        how["weight"] = loss.likelihood
+    if what == "times" and group.rank:
+        how["times"] = loss.uniform
+    if what == "rate":
+        how["rate"] = lambda step: 1.0 / (1 + group.rank)
+    batches = Batches(load(X), 8, rank=group.rank, world=group.world)
+    batches = {"batches": Batches(load(X), 8), "rows": repeat(X[:4])}.get(what, batches)
+    next(s.fit(run, batches, group=group, **how))
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("optimizer", "differ in the optimizer"), ("precision", "differ in precision"), ("weight", "differ in weight"),
+        ("times", "differ in times"), ("rate", "differ in rate"), ("seed", "seed 0, no.*seed None, no"),
+        ("batches", r"rank 0 of 1; wanted Batches\(..., rank=group.rank"), ("rows", "rank 0 and rank 1 give the same rows at step 1"),
+    ],
+)  # fmt: skip
+def test_what_is_given_unlike_is_refused_in_all(what, words, two):
+    with pytest.raises(Failed, match=words) as caught:
+        two(given, what)
+    assert [error for error, _ in caught.value.errors] == [ValueError, ValueError]
+
+
+def kept(group, folder):
+    run = training()
+    shard(run, group, least=1)
+    found = []
+    for work in (
+        lambda: checkpoint.save(folder / str(group.rank), run.denoiser),
+        lambda: s.sample(run.emas[0].module, (2, 2), nfe=2),
+    ):
+        with pytest.raises(ValueError, match=r"wanted training\.whole") as caught:
+            work()
+        found.append(str(caught.value))
+    return found
+
+
+def test_what_is_sharded_is_neither_saved_nor_sampled(two, tmp_path):
+    assert len(two(kept, tmp_path)) == 2
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
