@@ -61,7 +61,10 @@ class Layout:
                 raise
             except Exception as error:  # numpy, zipfile and zlib raise all kinds at what is damaged
                 words = " ".join(str(error).split("; ")[0].split())  # without the mend, which is another one here
-                words = words if str(out / name) in words else f"{out / name} cannot be read ({type(error).__name__}: {words})"
+                if not (out / name).is_file():
+                    words = f"{out / name} is missing"
+                elif str(out / name) not in words or (self.format == "npz" and "seed" not in words):  # numpy's are of pickles
+                    words = f"{out / name} cannot be read as samples ({type(error).__name__})"
                 raise ValueError(f"{words}; {_mend(out, name)}") from error
             for s, x in zip(of, made, strict=True):
                 if wanted is not None and digest(x) != wanted.get(s):

@@ -1,6 +1,7 @@
 """`scoresde train`, `sample` and `evaluate`: what they take, what they hand on, and how they end, alone and among others."""
 
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import scoresde as s
-from scoresde import checkpoint, cli, config, evaluate, generate, run
+from scoresde import checkpoint, cli, command, config, evaluate, generate, run
 from scoresde.command import place, warn
 from scoresde.config import Choice
 from scoresde.parallel import ALONE, Elsewhere, Group
@@ -405,3 +406,44 @@ def test_the_command_is_installed():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"scoresde": "scoresde.cli:main"}
     assert {"tyro", "pyyaml"} <= {name.split(">")[0] for name in project["dependencies"]}
+
+
+def test_a_start_by_torchrun_again_drops_nothing(there, calls, monkeypatch):
+    for count, wanted in (("0", True), ("1", False), ("x", True)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        for words in (["train", "tiny.yaml"], ["sample", "m"], ["evaluate", "a.npy", "b.npy"]):
+            assert cli.main([*words, "--overwrite"]) == 0
+            assert calls[-1][1]["overwrite"] is wanted
+
+
+def test_an_error_of_all_is_said_once_and_a_lost_process_in_words(there, rank, monkeypatch, capsys):
+    raw = "[/__w/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer"
+
+    def fail(*_, **__):
+        raise RuntimeError(raw)
+
+    monkeypatch.setattr(evaluate, "run", fail)
+    rank(0)
+    assert cli.main(["evaluate", "a", "b"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("scoresde: rank 0: another process of this job has ended or was not heard of")
+    assert "pair.cc:537" in err
+    rank(1)
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", "a", "b"])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_errors_of_the_system_have_a_mend():
+    assert command.said(OSError(errno.EFBIG, "File too large")) == "File too large; raise the largest file size (ulimit -f)"
+    assert command.said(FileNotFoundError(errno.ENOENT, "No such file", "x")) == "x: No such file"
+    assert command.said(ValueError("a")) == "a"
+
+
+def test_likelihood_told_to_end_says_143(there, monkeypatch):
+    monkeypatch.setattr("scoresde.densities.run", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["likelihood", "m", "x.npy"])
+    assert stop.value.code == 143

@@ -566,3 +566,139 @@ def test_ranks_that_see_other_data_are_refused(there, two):
     with pytest.raises(Failed, match="the processes differ in the data"):
         two(differs, there)
     assert not Path("out/settings.json").exists()
+
+
+# --- what changes, and what was tampered with ----------------------------------------------------------------------------
+def alter(path):
+    x = np.load(path)
+    np.save("new.npy", x * 0.5 + 3)
+    os.replace("new.npy", path)
+
+
+@pytest.mark.parametrize("stop", [2, "end"])
+def test_data_that_change_meanwhile_give_no_number(stop, there, monkeypatch):
+    real = evaluate.measure
+    if stop == "end":
+        check = evaluate._check_unchanged
+        monkeypatch.setattr(evaluate, "_check_unchanged", lambda *args: (alter("a.npy"), check(*args)))
+    else:
+        monkeypatch.setattr(evaluate, "measure", lambda job, k: (k == stop and alter("a.npy"), real(job, k))[1])
+    with pytest.raises((RuntimeError, ValueError), match=r"a.npy has been written anew since the run began"):
+        run("a.npy", "b.npy", "out")
+    assert not Path("out/summary.json").exists()
+    assert stop != "end" or not Path("out/units").exists()
+
+
+def test_samples_that_were_replaced_or_damaged_are_named(sampled, there):
+    shutil.copytree(sampled / "images-out", "s")
+    shutil.copytree(sampled / "vectors-out", "v")
+    path = Path("s/samples/00000005.png")
+    shutil.copy("s/samples/00000006.png", path)
+    with pytest.raises(RuntimeError, match=r"00000005.png has not the sample of seed 5 .*; delete 00000005.png"):
+        run("s", "17.npy", "1")
+    shard = next(Path("v").glob("samples-00000000*.npz" if list(Path("v").glob("samples-00000000*.npz")) else "*.npz"))
+    raw = shard.read_bytes()
+    for harm in (b"", b"hello", raw[: len(raw) // 2], bytes(len(raw))):
+        shard.write_bytes(harm)
+        with pytest.raises(
+            (RuntimeError, ValueError), match=rf"{shard.name} cannot be read as samples .*; delete {shard.name}"
+        ) as caught:
+            run("v", "a.npy", "2")
+        assert "pickle" not in str(caught.value)
+    path.unlink()
+    assert (
+        cli.main(
+            [
+                "sample",
+                str(sampled / "images"),
+                "--seeds",
+                "3-9,20-24",
+                "--nfe",
+                "3",
+                "--batch",
+                "4",
+                "--out",
+                "s",
+                "--low",
+                "-2",
+                "--levels",
+                "17",
+            ]
+        )
+        == 0
+    )
+    assert run("s", "17.npy", "3")["samples"]["count"] == 12
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [{"seeds": None}, {"batch": "4"}, {"format": "bmp"}, {"levels": 16}, {"shape": 5}, {"subdirs": 3}, "[]", "", "null"],
+    ids=str,
+)
+def test_a_damaged_summary_of_samples_is_named(harm, sampled, there):
+    shutil.copytree(sampled / "images-out", "s")
+    path = Path("s/summary.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **harm}) if isinstance(harm, dict) else harm)
+    with pytest.raises(ValueError, match=r"summary.json is damaged, .*; delete it and run the command again"):
+        run("s", "17.npy", "out")
+
+
+def test_a_finished_folder_that_was_tampered_with_is_made_again(there):
+    found, out = run("a.npy", "b.npy", "out"), Path("out")
+    whole = files("out")
+    harms = [lambda: (out / "samples.npz").unlink(), lambda: (out / "reference.npz").write_bytes(b"")]
+    for other in ("", "[]", "{}", "null", json.dumps({**found, "fid@29": -5.0})):
+        harms.append(lambda other=other: (out / "summary.json").write_text(other))
+    for harm in harms:
+        harm()
+        assert same(run("a.npy", "b.npy", "out")) == same(found)
+        assert files("out") == whole
+    for torn in ("", "[]", "{", "5"):
+        (out / "settings.json").write_text(torn)
+        with pytest.raises(ValueError, match=r"settings.json is damaged.*--overwrite"):
+            run("a.npy", "b.npy", "out")
+        assert same(run("a.npy", "b.npy", "out", overwrite=True)) == same(found)
+
+
+EYE = np.eye(5)
+BAD = {
+    "asym": ({"sigma": EYE + np.eye(5, k=1)}, "differs from its transpose"), "neg": ({"sigma": -EYE}, "on its diagonal"),
+    "eig": ({"sigma": EYE - 0.5}, "eigenvalue"), "n": ({"n": 10.7}, "says n is 10.7"), "nan": ({"n": np.nan}, "says n is"),
+    "big": ({"mu": np.full(5, 1e200)}, "beyond float64"), "facts": ({"facts": np.array('{"low": NaN}')}, "cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_statistics_that_cannot_be_are_refused_before_any_work(case, there):
+    more, words = BAD[case]
+    np.savez("bad.npz", **{"mu": np.zeros(5), "sigma": EYE, "n": 9, **more})
+    with pytest.raises(ValueError, match=words):
+        run("a.npy", "bad.npz", "out")
+    assert not Path("out").exists()
+    for kind in (np.longdouble, ">f8", np.float16):
+        np.savez("good.npz", mu=np.zeros(5, kind), sigma=EYE.astype(kind), n=9)
+        assert run("a.npy", "good.npz", f"out-{np.dtype(kind).str[1:]}-{np.dtype(kind).isnative}")["reference"]["count"] == 9
+
+
+def test_units_past_the_last_go_and_folders_are_named(there):
+    found = run("a.npy", "c.npy", "whole")
+    Path("out/units").mkdir(parents=True)
+    Path("out/units/unit-000000015.npz").write_bytes(b"x")
+    assert same(run("a.npy", "c.npy", "out")) == same(found)
+    assert files("out") == files("whole")
+    Path("other/units/unit-000000002.npz").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"unit-000000002.npz is a folder"):
+        run("a.npy", "c.npy", "other")
+    with pytest.raises(ValueError, match="name of a set is empty"):
+        run("", "c.npy", "z")
+
+
+def test_a_folder_a_class_is_the_set_of_its_images(there):
+    from PIL import Image
+
+    x = np.load("x.npy")
+    for i, image in enumerate(x):
+        path = Path("classes") / "ab"[i > 10] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0]).save(path)
+    near(run("classes", "y.npy", "1")["fid@23"], run("x.npy", "y.npy", "2")["fid@23"])
