@@ -14,8 +14,8 @@ import pytest
 import torch
 from ranks import Failed
 
-from scoresde import checkpoint, config, reports, store
-from scoresde.job import prepare
+from scoresde import checkpoint, config, reports, store, train
+from scoresde.job import Job, prepare
 from scoresde.logs import Log
 from scoresde.parallel import ALONE, Elsewhere
 from scoresde.run import run
@@ -102,8 +102,10 @@ def test_a_run_goes_on_with_more_and_fewer_processes(two, tmp_path):
         assert (found[0]["step"], found[1][0].startswith("going on")) == (2 * n, n > 1)
     go(ALONE, tmp_path / "whole", *words, "steps=8")
     like(rows(tmp_path / "run"), rows(tmp_path / "whole"), 1e-4)
+    about = (tmp_path / "run/environment.json").read_bytes()
     again = two(go, tmp_path / "run", *words, "steps=8")  # all done
     assert again[0][1][0] == "all 8 steps are done"
+    assert (tmp_path / "run/environment.json").read_bytes() == about  # of those that have trained
 
 
 def stopped(group, folder, mode):
@@ -202,6 +204,31 @@ def test_a_report_that_fails_in_one_process_is_forgiven_in_all(two, tmp_path):
     assert a["step"] == 6
     assert not list((tmp_path / "run").glob("samples/*.png"))
     assert [row["step"] for row in rows(tmp_path / "run") if "validation_loss" in row] == [3, 6]
+
+
+def blind(group, folder, what):
+    """Held-out data that one process alone cannot read, or use."""
+    real = Job.seen, train.seeded
+
+    def fails(*args, **kwargs):
+        raise OSError(5, "Input/output error") if what == "data" else ArithmeticError("a loss is not finite")
+
+    if group.rank == 1 and what == "data":
+        Job.seen = fails
+    elif group.rank == 1:
+        train.seeded = fails
+    try:
+        return go(group, folder, "every.sample=0", "every.average=0")
+    finally:
+        Job.seen, train.seeded = real
+
+
+@pytest.mark.parametrize("what", ["data", "loss"])
+def test_a_validation_that_fails_in_one_process_is_forgiven_in_all(what, two, tmp_path):
+    (a, _), (b, _) = two(blind, tmp_path / "run", what)
+    assert a == b
+    assert a["step"] == 6
+    assert not [row for row in rows(tmp_path / "run") if "validation_loss" in row]
 
 
 # --- when something fails ------------------------------------------------------------------------------------------------

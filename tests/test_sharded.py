@@ -534,6 +534,7 @@ def mixed(group, kind, mode, steps=2, emas=True):
     ("kind", "mode", "words"),
     [
         ("routed", "sharded", "gets a gradient in rank 0 and not.*sharded: false"),
+        ("routed, later", "sharded", "unlike in the first step"),
         ("routed, list", "sharded", "rank 0 runs e0 where rank 1 runs e1.*sharded: false"),
         ("tied, list", "sharded", "tied"), ("types", "sharded", "of one type"), ("complex", "sharded", "real parameters"),
         ("buffer, shape", "parallel", "shapes of their buffers"),
