@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from scoresde.pages import RECORDS, ROWS
+from scoresde.pages import RECORDS, ROWS, vouched
 from scoresde.resume import text_of
 from scoresde.samples import COLUMNS, COSTS, Layout, table
 from scoresde.seeds import Seeds
@@ -43,14 +43,14 @@ def make(folder: Path, pages: int) -> None:
     one = {i: list(map(str, row)) for i, row in enumerate(rows(0, book.span))}
     size = len(text_of([COLUMNS, *one.values()]))
     facts, sha256 = book.summed(one, 0)
-    with (folder / RECORDS).open("w") as file:
+    with (folder / RECORDS).open("wb") as file:
         for page in range(pages - OPEN):
             path = book.path(page)
             path.touch()
             os.truncate(path, size)
             asked = f"{page * book.span}-{(page + 1) * book.span - 1}"
             line = {"page": page, "asked": asked, "bytes": size, "sha256": sha256, **facts.packed()}
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            file.write(vouched(line))
     for page in range(pages - OPEN, pages):
         start, each = page * book.span, book.span // 2 // RANKS  # half of each page is done
         for rank in range(RANKS):

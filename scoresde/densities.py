@@ -19,11 +19,11 @@ import torch
 from . import divergence as divergences
 from . import figures, images, resume
 from .bits import Dequantization, Importance, Quantized, TruncatedNormal, Uniform, bits_per_dim
-from .checks import check_count
+from .checks import NonFiniteError, check_count
 from .command import check_device, loaded, opened, warn
 from .denoiser import Preconditioned
 from .divergence import Divergence
-from .filling import ALONE, Begun, Filling, begin, together
+from .filling import ALONE, Begun, Filling, Piece, admit, begin, together
 from .likelihood import divergence_of, likelihood_plan
 from .pages import PATIENCE, Facts, Pages
 from .parallel import Group
@@ -241,7 +241,15 @@ def run(
         settings = replace(settings, device=device)
         filling = Filling(pages, begun, lambda row: True, group)
         arguments = lambda piece: (folder, text, settings, source.read(piece.first, last(piece.first)), piece.first)
-        rows = lambda piece, found: [[i, source.names[i], *found[i - piece.first]] for i in piece.wanted]
+
+        def rows(piece: Piece, found: list[list[Any]]) -> list[list[Any]]:
+            if bad := [i for i in piece.wanted if not all(value == "" or math.isfinite(value) for value in found[i - piece.first])]:
+                raise NonFiniteError(
+                    f"the likelihood of images {', '.join(map(str, bad))} is not finite, and no row of their batch was written; those of "
+                    f"other batches are in {out}. Try --dtype float64, more --steps or another --divergence, in another --out"
+                )
+            return [[i, source.names[i], *found[i - piece.first]] for i in piece.wanted]
+
         computed = filling.fill(processes, score, arguments, rows, "likelihood", "image", source.count)
         more = {
             **asked, "log_det": shape.numel() * settings.cells.log_det, **pinned,
@@ -260,7 +268,8 @@ def run(
 
 
 def _begin(out: Path, pages: Pages, overwrite: bool) -> None:
-    """Drop what earlier runs left where that is asked for; FileExistsError where a table is of no run."""
+    """Drop what earlier runs left where that is asked for; FileExistsError where a table is of no run, or the run another command's."""
+    admit(pages, "dequantization")
     if overwrite:
         for name in FILES:
             (out / name).unlink(missing_ok=True)

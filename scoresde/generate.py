@@ -11,8 +11,10 @@ import io
 import itertools
 import json
 import math
+import os
 import platform
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -28,9 +30,9 @@ from .bits import Quantized
 from .checks import NonFiniteError, check_count
 from .command import check_device, loaded, opened, warn
 from .denoiser import Preconditioned
-from .filling import ALONE, Begun, Filling, begin, together
+from .filling import ALONE, Begun, Filling, admit, begin, together
 from .linear import LinearSDE
-from .pages import PATIENCE, Facts, Pages
+from .pages import PATIENCE, Facts, Pages, guarded
 from .parallel import Group
 from .resume import WRITING
 from .sample import default_solver, sample
@@ -183,9 +185,11 @@ def _event(model: Preconditioned) -> tuple[tuple[int, ...], int]:
 
 
 def draw(
-    folder: Path, config: str, settings: Settings, out: Path, block: int, wanted: Sequence[int], there: Sequence[int]
+    folder: Path, config: str, settings: Settings, out: Path, block: int, wanted: Sequence[int], there: Sequence[int], run: str = ""
 ) -> list[list[Any]]:  # fmt: skip
     """The rows of the seeds `wanted` of block .. block + batch - 1, written after their files; those `there` have rows already.
+
+    run: as `pages.current` knows it; if it is over by then, no file is written.
 
     The network sees the whole block, each seed in its place, whatever is wanted of it: the bits of a sample may depend on both.
     """
@@ -208,12 +212,12 @@ def draw(
         for s in done:
             path = out / settings.file(s)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, figures.png(x[s - block]), out / WRITING)
+            write_file(path, guarded(figures.png(x[s - block]), out, run), out / WRITING)
     elif done:
         kept, buffer = sorted({*done, *there}), io.BytesIO()  # the file is written anew with those it had: the same bits
         rows = [s - block for s in kept]
         np.savez(buffer, x=x[rows], seeds=np.array(kept, np.uint64), labels=np.array(labels)[rows])
-        write_file(out / settings.file(block), buffer.getvalue(), out / WRITING)
+        write_file(out / settings.file(block), guarded(buffer.getvalue(), out, run), out / WRITING)
     ends = lambda s: ("", "") if status[s - block] else (settings.file(s), digest(x[s - block]))
     each = ((s, s - block, *ends(s)) for s in wanted)
     return [[s, name, labels[i], nfe[i], status[i], *costs, written] for s, i, name, written in each]
@@ -249,18 +253,39 @@ def _pinned(config: Mapping[str, Any], sha256: str, settings: Settings, solver: 
 def _begin(out: Path, settings: Settings, overwrite: bool) -> None:
     """Drop what earlier runs left where that is asked for; FileExistsError where samples are of no run."""
     pages = table(out, settings.layout, settings.seeds)
-    if not (out / "settings.json").exists() and (pages.files() or any(files(out))):
+    admit(pages, "subdirs")
+    ours = (path for path in files(out) if path.suffix != ".png" or path.parent != out)  # a picture beside samples/ is the user's
+    if not (out / "settings.json").exists() and (pages.files() or any(ours)):
         raise FileExistsError(f"{out} holds samples and no settings.json to say of what; choose another --out")
     if overwrite:
         for name in ("summary.json", "grid.png"):
             (out / name).unlink(missing_ok=True)
-        for path in list(files(out)):
+        for path in list(ours):
             path.unlink()
         for folder in list(folders(out))[:-1]:
             with suppress(OSError):  # it holds something else
                 folder.rmdir()
         pages.drop()
         (out / "settings.json").unlink(missing_ok=True)  # last: as long as files are there, it says whose they are
+
+
+def _there(out: Path, layout: Layout) -> tuple[Callable[[list[str]], bool], Callable[[Seeds], bool]]:
+    """Whether the file that a row names is there, an npz with its seed; whether those of all these seeds are, by listing folders."""
+
+    @functools.lru_cache(maxsize=4)
+    def shard(name: str) -> frozenset[int]:
+        with (
+            suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
+            np.load(out / name, allow_pickle=False) as found,
+        ):
+            return frozenset(found["seeds"].tolist())
+        return frozenset()
+
+    if layout.format == "npz":
+        return lambda row: int(row[0]) in shard(row[1]), lambda part: all(s in shard(layout.file(s)) for s in part)
+    names = functools.lru_cache(maxsize=1)(lambda folder: frozenset(os.listdir(folder) if folder.is_dir() else ()))
+    listed = lambda path: path.name in names(path.parent)
+    return lambda row: (out / row[1]).is_file(), lambda part: all(listed(out / layout.file(s)) for s in part)
 
 
 def _subdirs(out: Path, settings: Settings) -> bool:
@@ -293,10 +318,11 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Samples of the checkpoint in `folder`, one a seed, into `out`; return the summary of those asked for.
 
-    Samples that `out` has are kept. The others come in whole batches of the seeds b batch .. (b + 1) batch - 1, of which those asked for
-    are written: a seed has the same mates and place, hence the same bits, whatever is asked for and in however many processes. A row of
-    samples.csv (beyond 50,000: of a page of it) says that a sample is on the disk, summary.json that all are; grid.png shows the first
-    64, their levels stretched. Each process of `group` calls it alike and works on batches of its own, in so many `processes`.
+    Samples that `out` has are kept, and those whose files are gone made again (beyond a million: after pages.jsonl was removed). What is
+    missing comes in whole batches of the seeds b batch .. (b + 1) batch - 1, of which those asked for are written: a seed has the same
+    mates and place, hence the same bits, whatever is asked for and in however many processes. A row of samples.csv (beyond 50,000: of a
+    page of it) says that a sample is on the disk, summary.json that all are; grid.png shows the first 64, their levels stretched. Each
+    process of `group` calls it alike and works on batches of its own, in so many `processes`.
     Raises: FileExistsError for a folder with other settings, NonFiniteError that names the seeds whose samples are not finite, after all
     others are done, RuntimeError for a batch that failed, with what is done kept.
     """
@@ -317,21 +343,17 @@ def run(
     group.check_shared(out)
     if classes and settings.labels is None and group.first:
         warn(f"the model has {classes} classes and the samples have no label; labels are given by --labels cycle, or one for all")
-    exists = functools.lru_cache(maxsize=4)(lambda name: (out / name).is_file())
-    there = lambda row: exists(row[1])
     with ExitStack() as stack:
 
-        def first() -> tuple[bool | None, dict[str, Any], Begun]:
+        def first() -> tuple[bool, dict[str, Any], Begun]:
             stack.enter_context(resume.locked(out))
             _begin(out, settings, overwrite)
-            fitted = replace(settings, subdirs=_subdirs(out, settings))
+            fitted = replace(settings, subdirs=(subdirs := _subdirs(out, settings)))
             pinned = _pinned(config, sha256, fitted, solver, times)
             resume.pin(out, pinned, MEND)
-            return (
-                fitted.subdirs,
-                pinned,
-                begin(table(out, fitted.layout, fitted.seeds), there, {"seeds": str(fitted.seeds)}, "grid.png"),
-            )
+            there, whole = _there(out, fitted.layout)
+            same = {"seeds": str(fitted.seeds)}
+            return subdirs, pinned, begin(table(out, fitted.layout, fitted.seeds), there, same, "grid.png", whole)
 
         subdirs, pinned, begun = group.by_first(first)
         if begun.found is not None:
@@ -339,8 +361,8 @@ def run(
                 say(f"all {settings.seeds.count} samples are there: nothing to compute\n{_words(begun.found, out)}")
             return begun.found
         settings = replace(settings, subdirs=subdirs, device=device)
-        filling = Filling(table(out, settings.layout, settings.seeds), begun, there, group)
-        arguments = lambda piece: (folder, text, settings, out, piece.first, piece.wanted, piece.known)
+        filling = Filling(table(out, settings.layout, settings.seeds), begun, _there(out, settings.layout)[0], group)
+        arguments = lambda piece: (folder, text, settings, out, piece.first, piece.wanted, piece.known, begun.run)
         computed = filling.fill(processes, draw, arguments, lambda piece, rows: rows, "sample", "seed")
         more = {
             "seeds": str(settings.seeds), "shape": list(shape), **pinned, "t_min": float(model.sde.t_min), "checkpoint": str(folder),

@@ -1,13 +1,16 @@
 """Rows by the billion: a run's table in pages, which any number of processes fill; those that are whole are not read again.
 
     samples.csv, samples-000000050048.csv, ...   a page's rows by index: those of whole batches, 50,000 or a few more
-    pages.jsonl   of several pages, a line each: what was asked of it, size and SHA-256 of its file, and what a summary says of its rows
-    .rows         rows and lines of processes at work, each in files of its own; a start or the end of a page brings them home
+    pages.jsonl   of several pages, a line each: what was asked of it, size and SHA-256 of its file, what a summary says of its rows,
+                  and a hash of the line itself: one that was altered is as if it were not there
+    .rows         rows and lines of processes at work, each in files of its own; a start or the end of a page brings them home;
+                  `run` names the run that is at work: whoever is left of an earlier one sees it and stops
     .writing      files while they are written
 
 Every index is in one batch and every batch in one page, whoever computes it: of a group, each process takes the next batch that none has
 taken, and who ends the last batch of a page brings all its rows home. What a kill leaves is of this kind too, so the next run, of any
-number of processes, begins by bringing it home.
+number of processes, begins by bringing it home. A page with its line is not read again: whether the files that its rows speak of are
+still there is looked at in a job of up to 20 pages; in a larger one after pages.jsonl, or the page's line in it, was removed.
 """
 
 from __future__ import annotations
@@ -36,15 +39,50 @@ from .resume import WRITING, rows_of, text_of
 from .seeds import Seeds
 from .store import write_file
 
-__all__ = ["PATIENCE", "ROWS", "Facts", "Pages"]
+__all__ = ["PATIENCE", "ROWS", "Facts", "Pages", "current", "guarded", "vouched"]
 
 PAGE = 50_000
-RECORDS, ROWS = "pages.jsonl", ".rows"
+LOOKED = 20  # pages of a job in which a start looks for the files of those that are recorded
+RECORDS, ROWS, RUN = "pages.jsonl", ".rows", "run"
 UNIT = 2148  # sums are whole numbers of 2^-2148, of which every float is some, and its square
 FEW = 9
-LINE = re.compile(rb'\{"page":([0-9]+),')
+LINE = re.compile(rb'(\{"page":([0-9]{1,20}),.*),"line":"([0-9a-f]{16})"\}\n')
 PATIENCE = 120  # half seconds until what one machine has written must show on another
 Row = list[str]
+
+
+# --- lines that vouch for themselves, runs that are over -------------------------------------------------------------------
+def vouched(content: Mapping[str, Any]) -> bytes:
+    """A line of pages.jsonl, with the beginning of the SHA-256 of what is in it."""
+    text = json.dumps(content, separators=(",", ":")).encode()[:-1]
+    return text + b',"line":"%s"}\n' % hashlib.sha256(text).hexdigest()[:16].encode()
+
+
+def _page(line: bytes) -> int | None:
+    """Which page a line is of; None for one that is torn or altered."""
+    found = LINE.fullmatch(line)
+    return int(found[2]) if found and hashlib.sha256(found[1]).hexdigest()[:16].encode() == found[3] else None
+
+
+def current(folder: Path, run: str) -> None:
+    """RuntimeError where the run of this name is no longer the one at work in the folder; "" is of none."""
+    for attempt in range(PATIENCE if run else 0):
+        time.sleep(0.5 if attempt else 0.0)  # another machine's word may show late
+        with suppress(OSError):
+            if (folder / ROWS / RUN).read_text() == run:
+                return
+    if run:
+        raise RuntimeError(f"another run has begun in {folder} since: this one stops, and what it has written is kept")
+
+
+def guarded(data: bytes, folder: Path, run: str) -> Iterator[bytes]:
+    """The data of a file for `write_file`, which gives up if the run is over by then.
+
+    The file is under way in .writing before this looks, and a start names itself before it empties .writing: so what an earlier run
+    writes is in its place before a later one looks at any file, or never.
+    """
+    yield data
+    current(folder, run)
 
 
 # --- what a summary says of rows -----------------------------------------------------------------------------------------
@@ -182,11 +220,15 @@ class Pages:
         """The first of what is asked of a page and has no row."""
         return list(itertools.islice((i for i in self.part(page) if i not in rows), FEW))
 
-    def whole(self, there: Callable[[Row], bool]) -> bool:
-        """Whether the one page has a good row for all that is asked, and what it speaks of is there."""
+    def whole(self, there: Callable[[Row], bool]) -> str | None:
+        """As the SHA-256 of `sums`, if there is a good row for all that is asked; of one page, if what it speaks of is there too."""
+        if self.many:
+            found = self.seen()
+            return found[1] if found and not found[0].bad else None
         page = self.numbers.ranges[0].start
         rows = self.rows(self.path(page), page)
-        return all(i in rows and self.good(rows[i]) and there(rows[i]) for i in self.part(page))
+        good = all(i in rows and self.good(rows[i]) and there(rows[i]) for i in self.part(page))
+        return self.summed(rows, page)[1] if good else None
 
     def _asked(self, page: int) -> str:
         text = str(self.part(page))
@@ -211,29 +253,25 @@ class Pages:
             "sha256": sha256,
             **facts.packed(),
         }
-        file = os.open(self.folder / ROWS / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            os.write(file, (json.dumps(line, separators=(",", ":")) + "\n").encode())
-            os.fsync(file)
-        finally:
-            os.close(file)
+        with (self.folder / ROWS / name).open("ab", buffering=0) as file:
+            file.write(vouched(line))
+            os.fsync(file.fileno())
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The lines in pages.jsonl that are of pages asked for, of what is asked of them now, and of the files as they are."""
-        path, folder, numbers = self.folder / RECORDS, str(self.folder), self.numbers
+        """The lines in pages.jsonl that are, in order, of pages asked for, of what is asked of them now, and of the files as they are."""
+        path, folder, numbers, last = self.folder / RECORDS, str(self.folder), self.numbers, -1
         if not path.exists():
             return
-        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        with path.open("rb") as file:
             for line in file:
-                try:
-                    found = json.loads(line)
-                    page = found["page"]
-                    good = line[-1] == "\n" and page in numbers and found["asked"] == self._asked(page)
-                    good = good and found["bytes"] == os.stat(f"{folder}/{self.file(page)}").st_size
-                except (ValueError, KeyError, TypeError, OSError):  # as if it were not there
+                page = _page(line)
+                if page is None or page <= last or page not in numbers:  # as if it were not there
                     continue
-                if good:
-                    yield found
+                found = json.loads(line)
+                with suppress(OSError):
+                    if found["asked"] == self._asked(page) and found["bytes"] == os.stat(f"{folder}/{self.file(page)}").st_size:
+                        last = page
+                        yield found
 
     def gather(self) -> None:
         """The lines of all processes into pages.jsonl, by page, the newest of each."""
@@ -245,8 +283,8 @@ class Pages:
             with suppress(FileNotFoundError), path.open("rb") as file:
                 offset = 0
                 for line in file:
-                    if (found := LINE.match(line)) and line.endswith(b"\n"):  # else torn
-                        pages.append(int(found[1]))
+                    if (page := _page(line)) is not None:
+                        pages.append(page)
                         places.append(offset * len(paths) + k)
                     offset += len(line)
         order = np.argsort(np.array(pages), kind="stable")
@@ -256,11 +294,18 @@ class Pages:
             path.unlink()
 
     # --- the first process, before and after all -----------------------------------------------------------------------------
-    def begin(self) -> tuple[Seeds, int]:
-        """Bring home what a killed run left; which pages are not whole, and how many indices are in those that are."""
+    def begin(self, run: str = "", files: Callable[[Seeds], bool] = lambda part: True) -> tuple[Seeds, int]:
+        """Bring home what a killed run left; which pages are not whole, and how many indices are in those that are.
+
+        run: a name for this one; files: whether the files are there of a part that is recorded, asked in a job of up to 20 pages.
+        """
+        (self.folder / ROWS).mkdir(exist_ok=True)
+        (self.folder / ROWS / RUN).write_text(
+            run
+        )  # first: who is left of another run writes no more, and what it has under way goes
         shutil.rmtree(self.folder / WRITING, ignore_errors=True)
-        for name in (WRITING, ROWS):
-            (self.folder / name).mkdir(exist_ok=True)
+        (self.folder / WRITING).mkdir(exist_ok=True)
+        look = self.numbers.count <= LOOKED
         segments: dict[int, list[Path]] = {}
         pattern = re.compile(rf"{self.name}(?:-([0-9]{{12,20}}))?\.[0-9a-f]+\.rank[0-9]+\.csv")
         for path in sorted((self.folder / ROWS).iterdir()):
@@ -276,7 +321,7 @@ class Pages:
         whole: list[list[int]] = []
         done = 0
         for found in self.records():
-            if not found["bad"]:
+            if not found["bad"] and not (look and not files(self.part(found["page"]))):
                 done += found["n"]
                 if whole and whole[-1][1] == found["page"]:
                     whole[-1][1] += 1
@@ -294,9 +339,10 @@ class Pages:
             parts.append(whole.removeprefix(head))
         write_file(self.path(page), [head, *parts], self.folder / WRITING)
 
-    def write(self, rows: Mapping[int, Row], page: int) -> None:
-        """The file of a page, whole or not at all."""
-        write_file(self.path(page), text_of([self.columns, *(rows[i] for i in sorted(rows))]), self.folder / WRITING)
+    def write(self, rows: Mapping[int, Row], page: int, run: str = "") -> None:
+        """The file of a page, whole or not at all, by this run."""
+        data = text_of([self.columns, *(rows[i] for i in sorted(rows))])
+        write_file(self.path(page), guarded(data, self.folder, run), self.folder / WRITING)
 
     def sums(self, patience: int = 1) -> tuple[Facts, str]:
         """The facts of all that is asked for, and one SHA-256: of a page as it would be with these rows alone, of several of their list.
@@ -327,6 +373,7 @@ class Pages:
         """Remove the folders of work under way, in which nothing is left."""
         shutil.rmtree(self.folder / WRITING, ignore_errors=True)
         with suppress(OSError):
+            (self.folder / ROWS / RUN).unlink()
             (self.folder / ROWS).rmdir()
 
     def drop(self) -> None:

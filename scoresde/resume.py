@@ -52,23 +52,38 @@ def _number(cell: str) -> bool:
         return False
 
 
+def _whole(cell: str) -> bool:
+    return cell.isdecimal() and len(cell) <= 20
+
+
 def rows_of(path: Path, columns: Sequence[str], mend: str, texts: Sequence[str] = ()) -> tuple[dict[int, list[str]], int]:
     """The rows of a CSV file by their number, the first of `columns`, and its length without what a kill left torn.
 
-    All cells but those of the columns `texts` are finite numbers or empty. Of rows with one number the last stands.
+    All cells but those of the columns `texts` are finite numbers or empty, nfe a whole one. Of rows with one number the last stands.
     """
+    try:
+        return _rows_of(path, columns, mend, texts)
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table that this version writes ({error}); {mend}") from error
+
+
+def _rows_of(path: Path, columns: Sequence[str], mend: str, texts: Sequence[str]) -> tuple[dict[int, list[str]], int]:
     rows: dict[int, list[str]] = {}
     numbers = [k for k, name in enumerate(columns) if k and name not in texts]
+    nfe = columns.index("nfe") if "nfe" in columns else None
     before: list[str] = []
     data = path.read_bytes() if path.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
     for i, row in enumerate(csv.reader(io.StringIO(whole.decode(errors="replace"), newline=""))):
-        if len(row) != len(columns) or (row != list(columns) if i == 0 else not row[0].isdecimal()):
+        if len(row) != len(columns) or (row != list(columns) if i == 0 else not _whole(row[0])):
             raise ValueError(f"line {i + 1} of {path} is none that this version writes; {mend}")
         if i:
             cells = [row[k] for k in numbers]
-            if cells != before and not all(map(_number, cells)):  # those of one batch are often alike
-                raise ValueError(f"line {i + 1} of {path} has a cell that is no finite number; {mend}")
+            if cells != before:  # those of one batch are often alike
+                if not all(map(_number, cells)):
+                    raise ValueError(f"line {i + 1} of {path} has a cell that is no finite number; {mend}")
+                if nfe is not None and not _whole(row[nfe]):
+                    raise ValueError(f"line {i + 1} of {path} has nfe {row[nfe][:40]!r}, which is no whole number; {mend}")
             before = cells
             rows[int(row[0])] = row
     return rows, len(whole)

@@ -87,7 +87,10 @@ def _left(folder: Path) -> str:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """The folder, made if missing, for this run alone, where the system has such locks; its file `.lock` says who holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise type(error)(f"{folder} is a file, or below one; wanted a folder, or a name that is free") from error
     path = folder / ".lock"
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

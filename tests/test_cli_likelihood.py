@@ -20,7 +20,7 @@ from PIL import Image
 from ranks import Failed
 
 import scoresde as s
-from scoresde import checkpoint, cli, densities, images, pages, resume
+from scoresde import checkpoint, cli, densities, filling, images, pages, resume
 from scoresde.parallel import Elsewhere, Group
 
 COUNT, STEPS, LEVELS = 11, 4, 17
@@ -606,3 +606,73 @@ def test_a_system_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: real("no_such_module" if name == "fcntl" else name, *a, **k))
     with resume.locked(tmp_path), resume.locked(tmp_path):
         pass
+
+
+# --- ends that are none -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_not_written(value, there, tmp_path, monkeypatch, capsys):
+    real = densities.score
+
+    def score(*arguments):
+        found = real(*arguments)
+        if arguments[-1] == 4:
+            found[2][0] = value
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(densities, "score", score)
+        assert command(there, tmp_path) == 1
+    assert "likelihood of images 6 is not finite, and no row of their batch was written" in capsys.readouterr().err
+    assert [row["index"] for row in rows(tmp_path)] == ["0", "1", "2", "3"]
+    assert command(there, tmp_path) == 0
+    assert table(tmp_path) == table(there / "whole")
+
+
+def test_told_to_end_it_leaves_nothing_behind(there, tmp_path, monkeypatch):
+    """As SIGTERM has it, `SystemExit` anywhere: no lock is left, and the next run goes on."""
+
+    def ends(*_):
+        raise SystemExit(143)
+
+    settings = densities.Settings(levels=LEVELS, steps=STEPS, batch=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(densities, "score", ends)
+        with pytest.raises(SystemExit):
+            densities.run(there / "model", there / "x.npy", tmp_path, settings, say=lambda text: None)
+    assert not (tmp_path / ".lock").exists()
+    assert command(there, tmp_path) == 0
+    assert table(tmp_path) == table(there / "whole")
+
+
+def test_the_folder_of_samples_is_not_overwritten(there, tmp_path, capsys):
+    (tmp_path / "settings.json").write_text('{"checkpoint_sha256": "", "format": "png", "subdirs": false}')
+    (tmp_path / "summary.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for more in ([], ["--overwrite"]):
+        assert command(there, tmp_path, *more) == 1
+        assert "holds a run of another command, and nothing of it was touched" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def bars(group, folder, out):
+    """What the first process's bar stands at when it closes, where it has done its part long before the others."""
+    found, real, score = [], filling.tqdm, densities.score
+
+    class Bar(real):
+        def close(self):
+            found.append((self.n, self.total))
+            super().close()
+
+    def late(*arguments):
+        time.sleep(0.5 if group.rank else 0.0)
+        return score(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling, "tqdm", Bar)
+        patch.setattr(densities, "score", late)
+        scored(group, folder, out, [("out", {})])
+    return found[0]
+
+
+def test_the_bar_reaches_the_end(there, two, tmp_path):
+    assert two(bars, there, tmp_path)[0] == (COUNT, COUNT)

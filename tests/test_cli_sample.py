@@ -435,7 +435,7 @@ def test_the_summary_is_last(there, tmp_path, monkeypatch):
 
     def checked(path, value, aside):
         if path.name == "summary.json":
-            assert tree(tmp_path) == tree(there / "whole")
+            assert tree(tmp_path, ("summary.json", pages.RUN)) == tree(there / "whole")
             raise OSError("as if killed here")
         real(path, value, aside)
 
@@ -1006,3 +1006,89 @@ def test_the_command_interrupted(there, tmp_path):
     assert not (tmp_path / "summary.json").exists()
     assert len(rows(tmp_path)) >= 4
     assert all((tmp_path / row["file"]).is_file() for row in rows(tmp_path))
+
+
+# --- what is gone, and what is another's ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("format", ["png", "npz"])
+@pytest.mark.parametrize("page", [10, 50_000])
+def test_files_that_are_gone_are_made_again(page, format, there, tmp_path, monkeypatch):
+    """Of a page that is recorded too, beyond so many pages when pages.jsonl is gone; an npz file with fewer seeds counts as gone."""
+    monkeypatch.setattr(pages, "PAGE", page)
+    drawn, real = [], generate.draw
+    monkeypatch.setattr(generate, "draw", lambda *a: drawn.extend(a[5]) or real(*a))
+    run(there / "model", tmp_path, "0-15", format=format)
+    before = tree(tmp_path)
+    name, lost = ("samples/00000005.png", [5]) if format == "png" else ("samples-00000004-00000007.npz", [4, 5, 6, 7])
+    cases = [lambda path: path.unlink()]
+    if format == "npz":
+        with np.load(tmp_path / name) as found:
+            three = {key: found[key][:3] for key in found}
+        cases += [lambda path: np.savez(path, **three), lambda path: path.write_bytes(b"torn")]
+    for k, spoil in enumerate(cases):
+        drawn.clear()
+        spoil(tmp_path / name)
+        with pytest.raises(ValueError, match="run"):
+            samples_of(tmp_path).read(0, 16)
+        run(there / "model", tmp_path, "0-15", format=format)
+        assert tree(tmp_path) == before
+        assert drawn == ([7] if k == 1 else lost)
+        assert samples_of(tmp_path).read(0, 16).shape == (16, *SHAPE)
+    if page == 10:
+        monkeypatch.setattr(pages, "LOOKED", 1)
+        (tmp_path / name).unlink()
+        run(there / "model", tmp_path, "0-15", format=format)
+        assert not (tmp_path / name).exists()
+        (tmp_path / "pages.jsonl").unlink()
+        run(there / "model", tmp_path, "0-15", format=format)
+        assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("format", ["png", "npz"])
+def test_a_batch_of_a_run_that_is_over_writes_no_file(format, there, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "PATIENCE", 1)
+    arguments, real = [], generate.draw
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "draw", lambda *a: arguments.append(a) or real(*a))
+        run(there / "model", tmp_path, "0-2", format=format)
+    run(there / "model", tmp_path, "0-3", format=format)
+    before = tree(tmp_path)
+    with pytest.raises(RuntimeError, match="another run has begun"):
+        generate.draw(*arguments[0])
+    assert tree(tmp_path) == before
+
+
+def test_overwrite_reaches_no_further_than_its_run(there, tmp_path):
+    run(there / "model", tmp_path / "own", "0-3")
+    (tmp_path / "own" / "20240131.png").write_bytes(b"of a holiday")
+    run(there / "model", tmp_path / "own", "0-2", overwrite=True)
+    assert (tmp_path / "own" / "20240131.png").read_bytes() == b"of a holiday"
+    assert len(list((tmp_path / "own" / "samples").iterdir())) == 3
+    likelihood = {"checkpoint_sha256": "", "data_sha256": "", "dequantization": "Uniform()"}
+    others = {
+        "likelihood": ("settings.json", json.dumps(likelihood)),
+        "training": ("config.yaml", ""),
+        "other": ("summary.json", "{}"),
+    }
+    for folder, (name, text) in others.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(text)
+        (tmp_path / folder / "grid.png").write_text("")
+        before = tree(tmp_path / folder, ())
+        for overwrite in (False, True):
+            with pytest.raises(
+                FileExistsError, match="holds a run of another command, and nothing of it was touched; choose another"
+            ):
+                run(there / "model", tmp_path / folder, "0-3", overwrite=overwrite)
+        assert tree(tmp_path / folder, ()) == before
+
+
+def test_files_where_folders_must_be(there, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="is a file, or below one; wanted a folder"):
+            run(there / "model", out, "0-1")
+    for name in (pages.ROWS, resume.WRITING):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+        with pytest.raises(FileExistsError, match="is a file, where a run has a folder of what is under way; move it away"):
+            run(there / "model", tmp_path / name, "0-1")

@@ -379,6 +379,107 @@ def test_rows_that_do_not_show(tmp_path, monkeypatch):
             assert (indices(pages), job.computed) == (list(range(6)), [])
 
 
+ALTERED = {
+    "n": 5, "sums": {}, "bad": 1, "nfe": None, "page": True, "first_bad": 5, "sha256": "0", "asked": 7, "bytes": "x", "line": "0" * 16,
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("small")
+def test_an_altered_line_is_as_if_it_were_not_there(tmp_path):
+    """Its page is read and recorded again, and nothing is computed; so are lines that are doubled, or out of order."""
+    wanted = Job(table(tmp_path))()
+    before = tree(tmp_path)
+    lines = before["pages.jsonl"].splitlines(keepends=True)
+    cases = [[lines[0], *lines[:1], *lines[2:]], lines[::-1], [*lines, lines[0]], [b"\xff\x00\n", b"[]\n", b"5\n", b"{}\n"], []]
+    for name, value in ALTERED.items():
+        found = json.loads(lines[1])
+        for changed in ({**found, name: value}, {key: found[key] for key in found if key != name}):
+            cases.append([lines[0], json.dumps(changed, separators=(",", ":")).encode() + b"\n", *lines[2:]])
+    for case in cases:
+        for summary in (True, False):
+            (tmp_path / "pages.jsonl").write_bytes(b"".join(case))
+            if not summary:
+                (tmp_path / "summary.json").unlink()
+            job = Job(table(tmp_path))
+            assert job() == wanted
+            assert job.computed == []
+            if case != [*lines, lines[0]]:  # what follows the lines of all is left there
+                assert tree(tmp_path) == before
+
+
+def test_an_altered_row_is_summed_anew(tmp_path):
+    """The one page is what it is, and the summary is of it; rows that cannot be are refused in words."""
+    wanted = Job(table(tmp_path))()
+    path = tmp_path / "rows.csv"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"\n3,good,3,", b"\n3,good,6,"))
+    job = Job(table(tmp_path))
+    found = job()
+    assert (job.computed, found["n"], found["sha256"]) == ([], wanted["n"], hashlib.sha256(path.read_bytes()).hexdigest())
+    assert found["sha256"] != wanted["sha256"]
+    assert Job(table(tmp_path))() == found
+    for cells, words in {
+        b"3,good,5.5,": r"line 5 of .*rows\.csv has nfe '5\.5', which is no whole number; MEND",
+        b"3,good,,": "which is no whole number; MEND",
+        b"3" * 5000 + b",good,3,": "is none that this version writes; MEND",
+        b'3,"' + b"x" * 200_000 + b",3,": r"rows\.csv is no table that this version writes \(field larger than .*; MEND",
+    }.items():
+        path.write_bytes(data.replace(b"\n3,good,3,", b"\n" + cells))
+        with pytest.raises(ValueError, match=words):
+            Job(table(tmp_path))()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("world", [1, 2])
+def test_who_is_left_of_a_run_that_is_over_stops(world, tmp_path, monkeypatch):
+    """It writes no rows, no page and no file of a sample, whether the later run is at work or done."""
+    monkeypatch.setattr(module, "PATIENCE", 1)
+    pages, there = table(tmp_path, "0-8"), lambda row: True
+    begun = begin(pages, there, {}, "x")
+    old = Filling(pages, begun, there, Group(0, world, store=Shared()))
+    piece = next(old.pieces())
+    module.current(tmp_path, begun.run)
+    module.current(tmp_path, "")
+    for finish in (False, True):
+        if finish:
+            Job(table(tmp_path, "0-8"))()
+        else:
+            begin(table(tmp_path, "0-8"), there, {}, "x")
+        before = tree(tmp_path)
+        with pytest.raises(RuntimeError, match=r"another run has begun in .* since: this one stops"):
+            old.add(piece, [row(i) for i in piece.wanted])
+        with pytest.raises(RuntimeError, match="this one stops"):
+            pages.write({i: list(map(str, row(i))) for i in range(3)}, 0, begun.run)
+        assert tree(tmp_path) == before
+
+
+def test_what_is_under_way_goes_when_another_run_begins(tmp_path):
+    """Between the look at who is at work and the renaming: the file is gone then, and cannot replace one of the later run."""
+    pages = table(tmp_path, "0-8")
+    begun = begin(pages, lambda row: True, {}, "x")
+
+    def data():
+        yield from module.guarded(b"early", tmp_path, begun.run)
+        begin(pages, lambda row: True, {}, "x")
+        (tmp_path / "file").write_bytes(b"late")
+
+    with pytest.raises(FileNotFoundError):
+        module.write_file(tmp_path / "file", data(), tmp_path / module.WRITING)
+    assert (tmp_path / "file").read_bytes() == b"late"
+
+
+@pytest.mark.usefixtures("small")
+def test_files_of_recorded_pages_are_looked_for_in_small_jobs(tmp_path, monkeypatch):
+    Job(table(tmp_path))()
+    asked = []
+    files = lambda part: asked.append(str(part)) or 13 not in part
+    assert table(tmp_path).begin("x", files)[0].ranges == (range(1, 2),)
+    assert asked == ["0-11", "12-23", "24-35", "36-46"]
+    monkeypatch.setattr(module, "LOOKED", 3)
+    assert table(tmp_path).begin("x", files) == (Seeds(()), 47)
+    assert len(asked) == 4
+
+
 # --- many ----------------------------------------------------------------------------------------------------------------
 def test_fifty_thousand_with_all_that_goes_wrong(tmp_path):
     """Processes that die, batches that raise, rows that are not good, lines that are torn: then every index once, in order."""
