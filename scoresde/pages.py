@@ -1,11 +1,11 @@
 """Rows by the billion: a run's table in pages, which any number of processes fill; those that are whole are not read again.
 
-    samples.csv, samples-000000050048.csv, ...   a page's rows by index: those of whole batches, 50,000 or a few more
-    pages.jsonl   of several pages, a line each: what was asked of it, size and SHA-256 of its file, what a summary says of its rows,
-                  and a hash of the line itself: one that was altered is as if it were not there
-    .rows         rows and lines of processes at work, each in files of its own; a start or the end of a page brings them home;
-                  `run` names the run that is at work: whoever is left of an earlier one sees it and stops
-    .writing      files while they are written
+- samples.csv, samples-000000050048.csv, ...: a page's rows by index: those of whole batches, 50,000 or a few more.
+- pages.jsonl: of several pages, a line each: what was asked of it, size and SHA-256 of its file, what a summary says of its rows, and
+  a hash of the line itself: one that was altered is as if it were not there.
+- .rows: rows and lines of processes at work, each in files of its own; a start or the end of a page brings them home; `run` in it names
+  the run that is at work: whoever is left of an earlier one sees it and stops.
+- .writing: files while they are written.
 
 Every index is in one batch and every batch in one page, whoever computes it: of a group, each process takes the next batch that none has
 taken, and who ends the last batch of a page brings all its rows home. What a kill leaves is of this kind too, so the next run, of any
