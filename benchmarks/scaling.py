@@ -145,15 +145,16 @@ def prepared(net: torch.nn.Module) -> scoresde.Training:
 
 
 def training(group: Group, folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """Steps of `fit`: the same batch for one and for two, and twice the batch for two."""
+    """Steps of `fit`: the same batch for one and for two, twice it for two, and a training each, apart: the machine's limit."""
     source, scale = load(pictures(5000)), reports.Scale(scoresde.Quantized(256), dequantize=True)
 
     def stream(of: Group, batch: int) -> Any:
         batches = Batches(source, batch, rank=of.rank, world=of.world)
         return scoresde.fit(prepared(network()), batches, transform=scale, seed=0, group=of)
 
-    kinds = {"one": 1, "two": 1, "two, twice the batch": 2}
-    streams = {kind: stream(Group() if kind == "one" else group, times * sizes.batch) for kind, times in kinds.items()}
+    kinds = {"one": 1, "two": 1, "two, twice the batch": 2, "two, apart": 1}
+    single = ("one", "two, apart")
+    streams = {kind: stream(Group() if kind in single else group, times * sizes.batch) for kind, times in kinds.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     sent, gathers = [], []
     for repeat in range(sizes.repeats + 1):
@@ -172,6 +173,7 @@ def training(group: Group, folder: Path, sizes: Sizes) -> dict[str, Any]:
         "batch": sizes.batch, "steps a turn": sizes.steps, "turns": sizes.repeats, "parameters": parameters,
         "seconds a step": {kind: median(each) for kind, each in seconds.items()},
         "strong": spread(seconds["one"], seconds["two"]), "weak": spread(seconds["one"], seconds["two, twice the batch"], 2.0),
+        "apart": spread(seconds["one"], seconds["two, apart"], 2.0),
         "gathers a step": median(gathers), "bytes sent a step": median(sent), "gradient bytes": 4 * parameters,
     }  # fmt: skip
 

@@ -67,10 +67,11 @@ def _ratio(part: dict[str, float]) -> str:
 
 def speedup(found: dict[str, Any]) -> str:
     fit, rows = found["training"], list[Row]()
-    rate = {k: (2 if "twice" in k else 1) * fit["batch"] / s for k, s in fit["seconds a step"].items()}
+    rate = {k: (2 if "twice" in k or "apart" in k else 1) * fit["batch"] / s for k, s in fit["seconds a step"].items()}
     for kind, name, other in (
         ("strong", f"the same batch of {fit['batch']}", "two"),
         ("weak", "twice the batch", "two, twice the batch"),
+        ("apart", "each its own, no word between them", "two, apart"),
     ):
         rows.append((f"training, {name}", amount(rate["one"]), amount(rate[other]), _ratio(fit[kind]), "–"))
     for name in ("sampling", "likelihood", "evaluate"):

@@ -167,7 +167,8 @@ def _summary(folder: Path) -> dict[str, Any]:
     """What summary.json says; ValueError unless it is of `scoresde sample` and of the settings that lie beside it."""
     path = folder / "summary.json"
     try:
-        found, settings = (dict(json.loads((folder / name).read_text())) for name in ("summary.json", "settings.json"))
+        found, beside = dict(json.loads(path.read_text())), folder / "settings.json"
+        settings = dict(json.loads(beside.read_text())) if beside.exists() else {}  # the summary holds them too
         number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
         whole = lambda value, least: number(value) and value == int(value) >= least
         shape, levels, ends = found["shape"], found["levels"], (found["low"], found["high"])

@@ -90,7 +90,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise type(error)(f"{folder} is a file, or below one; wanted a folder, or a name that is free") from error
+        words = f"{error.strerror}: it is a file, or below one; wanted a folder, or a name that is free"
+        raise type(error)(error.errno, words, str(folder)) from error
     path = folder / ".lock"
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -41,6 +41,13 @@ def every_sde() -> dict[str, sdes.LinearSDE]:
 SIX = ("VP", "SubVP", "VE", "EDM", "Cosine", "Rectified")
 
 
+def first(*quick, of=SIX):
+    """All of these names, those that are not quick in the slow suite."""
+    import pytest  # scripts without it read this file too
+
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in of]
+
+
 def square(rho: Tensor) -> Tensor:
     """ER-SDE's phi for the reverse SDE."""
     return rho**2

@@ -1085,7 +1085,7 @@ def test_overwrite_reaches_no_further_than_its_run(there, tmp_path):
 def test_files_where_folders_must_be(there, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match="is a file, or below one; wanted a folder"):
+        with pytest.raises(OSError, match="it is a file, or below one; wanted a folder"):
             run(there / "model", out, "0-1")
     for name in (pages.ROWS, resume.WRITING):
         (tmp_path / name).mkdir()

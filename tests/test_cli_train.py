@@ -123,7 +123,7 @@ def test_workers_and_what_is_kept_change_nothing(whole, tmp_path, workers):
     assert len(store.steps(tmp_path / "checkpoints")) == 1
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)])
 def test_a_signal_lets_the_step_end_and_saves_it(whole, tmp_path, number, status):
     (tmp_path / "c.yaml").write_text(TEXT)
     words = [sys.executable, "-m", "scoresde", "train", "c.yaml", "--out", "run", "--set", "every.checkpoint=0"]

@@ -366,6 +366,7 @@ def undisturbed(two, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_torchrun_starts_a_killed_process_again(undisturbed):
     errors = killed(undisturbed, "once", 3, 0, 1)

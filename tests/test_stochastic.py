@@ -8,7 +8,7 @@ from itertools import pairwise
 import laws
 import pytest
 import torch
-from laws import SIX, STOCHASTIC, D, Line, every_sde, label, logsnr_times, mixture, run, square
+from laws import SIX, STOCHASTIC, D, Line, every_sde, first, label, logsnr_times, mixture, run, square
 from scipy import stats
 from torch import Tensor
 
@@ -69,10 +69,7 @@ def weak_cases():
     made = []
     for solver in CONSISTENT:
         for name in ("VP", "VE", "EDM"):
-            again = solver.invariant or label(solver).startswith(
-                "TorchSDE"
-            )  # the same steps of x / alpha, on another range of rho; dear ones
-            slow = counts_of(solver)[0] > 400 or (again and name != "VP")
+            slow = counts_of(solver)[0] > 400 or name != "VP"
             made.append(pytest.param(solver, name, id=f"{label(solver)}-{name}", marks=[pytest.mark.slow] if slow else []))
     return made
 
@@ -84,7 +81,8 @@ def test_weak_order(solver, name):
     assert abs(slope - solver.weak_order) <= 0.1, (errors, slope)
 
 
-@pytest.mark.parametrize("name", ["SubVP", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Cosine", "Rectified"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in SIX if n not in ("VP", "VE", "EDM")])
 @pytest.mark.parametrize("solver", [s for s in CONSISTENT if not s.invariant], ids=label)
 def test_weak_order_of_what_knows_the_schedule_elsewhere(solver, name):
     errors, (slope,) = laws.weak_errors(solver, SDES[name], (400, 800))
@@ -122,7 +120,7 @@ class Loud(Around):
         return x, state
 
 
-@pytest.mark.parametrize("name", ["VP", "VE", "EDM"])
+@pytest.mark.parametrize("name", first("VP", of=("VP", "VE", "EDM")))
 @pytest.mark.parametrize("solver", CONSISTENT, ids=label)
 def test_the_law_at_1000_steps_without_monte_carlo(solver, name):
     """Mean and standard deviation on the recommended grid, exactly; to 6e-3, in solvers of order 2 to 5e-4."""
@@ -376,7 +374,7 @@ def correlated(sde):
     return Gaussian(sde, torch.tensor([0.6, -0.4], dtype=D), covariance=torch.tensor([[0.4, 0.15], [0.15, 0.2]], dtype=D))
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", first("VP", "VE"))
 @pytest.mark.parametrize("solver", [s for s in AFFINE if isinstance(s, PredictorCorrector) and s.corrector_steps < 3], ids=label)
 def test_langevin_bias_is_snr_squared(solver, name):
     """A predictor-corrector with Langevin keeps the chain's own bias, of relative size snr^2 in the covariance at most."""
@@ -436,7 +434,7 @@ def test_mala_leaves_p_t_alone(density):
         assert ((a.mean(0) - b.mean(0)).abs() < 5 * ((a.var(0) + b.var(0)) / n).sqrt()).all()
 
 
-@pytest.mark.parametrize("name", ["VP", "SubVP", "VE"])
+@pytest.mark.parametrize("name", first("VP", of=("VP", "SubVP", "VE")))
 @pytest.mark.parametrize(
     "solver",
     [PredictorCorrector(Ancestral(), Langevin(0.05)), AnnealedLangevin(0.16, 30), PredictorCorrector(DDIM(), MALA(0.1))],
