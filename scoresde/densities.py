@@ -23,10 +23,11 @@ from .checks import NonFiniteError, check_count
 from .command import check_device, loaded, opened, warn
 from .denoiser import Preconditioned
 from .divergence import Divergence
-from .filling import ALONE, Begun, Filling, Piece, admit, begin, together
+from .filling import Begun, Filling, Piece, admit, begin, together
 from .likelihood import divergence_of, likelihood_plan
 from .pages import PATIENCE, Facts, Pages
-from .parallel import Group
+from .parallel import ALONE, Group
+from .resume import MEND
 from .seeds import Seeds
 from .solvers import Dopri5, Solver
 
@@ -37,7 +38,6 @@ COSTS = ("score", "rejected", "network", "divergence", "repeated")  # of the led
 COLUMNS = ("index", "file", "bits_per_dim", "log_prob", "stderr", "nfe", *COSTS)
 FILES = ("summary.json", "histogram.png")
 ENDS = ("levels", "low", "high")  # of the cells of the images
-MEND = "choose another --out, or pass --overwrite to start afresh"
 ONCE = (".*images have negative bits/dim", "no pixel is above", ".*the noise of probes makes it optimistic")
 
 

@@ -21,9 +21,8 @@ from .parallel import Elsewhere, Group
 from .resume import WRITING, Table, extend, finished
 from .seeds import Seeds
 
-__all__ = ["ALONE", "Begun", "Filling", "Piece", "admit", "begin", "together"]
+__all__ = ["Begun", "Filling", "Piece", "admit", "begin", "together"]
 
-ALONE = Group()
 Row = list[str]
 
 

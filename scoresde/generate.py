@@ -30,13 +30,13 @@ from .bits import Quantized
 from .checks import NonFiniteError, check_count
 from .command import check_device, loaded, opened, warn
 from .denoiser import Preconditioned
-from .filling import ALONE, Begun, Filling, admit, begin, together
+from .filling import Begun, Filling, admit, begin, together
 from .linear import LinearSDE
 from .pages import PATIENCE, Facts, Pages, guarded
-from .parallel import Group
-from .resume import WRITING
+from .parallel import ALONE, Group
+from .resume import MEND, WRITING
 from .sample import default_solver, sample
-from .samples import COSTS, MEND, Layout, digest, files, folders, samples_of, table
+from .samples import COSTS, Layout, digest, files, folders, samples_of, table
 from .seeds import Seeds, parse_seeds
 from .solve import plan
 from .solvers import Solver

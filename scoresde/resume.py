@@ -19,8 +19,9 @@ import torch
 from .compare import pool
 from .store import locked, write_file
 
-__all__ = ["WRITING", "Table", "extend", "finished", "locked", "pin", "rows_of", "text_of", "write_json"]
+__all__ = ["MEND", "WRITING", "Table", "extend", "finished", "locked", "pin", "rows_of", "text_of", "write_json"]
 
+MEND = "choose another --out, or pass --overwrite to start afresh"
 WRITING = ".writing"  # the folder in a run's own where files are while they are written
 
 

@@ -30,7 +30,7 @@ from .ema import PowerEMA, posthoc
 from .job import Job, prepare
 from .logs import Log, require_tensorboard
 from .parallel import ALONE, Group
-from .resume import write_json
+from .resume import MEND, write_json
 from .sections import tree_of
 from .sharded import shard
 from .store import clear, latest, locked, step_name, steps, write_file
@@ -45,7 +45,6 @@ OURS = (
     "checkpoints", "averages", "samples", "features", "tensorboard", "config.yaml", "environment.json", "fid.json", "loss.png",
     "validation.png", "summary.json", *(f"{n}.{s}" for n in ("metrics", "speed", "validation") for s in ("jsonl", "csv")),
 )  # fmt: skip
-MEND = "choose another --out, or pass --overwrite to start afresh"
 
 
 def _end(number: int) -> NoReturn:

@@ -16,13 +16,13 @@ import numpy as np
 
 from . import images
 from .pages import RECORDS, Facts, Pages
+from .resume import MEND
 from .seeds import Seeds, parse_seeds
 
-__all__ = ["COLUMNS", "COSTS", "FILE", "MEND", "Layout", "Samples", "digest", "files", "folders", "samples_of", "table"]
+__all__ = ["COLUMNS", "COSTS", "FILE", "Layout", "Samples", "digest", "files", "folders", "samples_of", "table"]
 
 COSTS = ("score", "denoise", "rejected", "network")  # of the ledger; a row has the means over its batch
 COLUMNS = ("seed", "file", "label", "nfe", "status", *COSTS, "digest")
-MEND = "choose another --out, or pass --overwrite to start afresh"
 
 FILE = re.compile(r"[0-9]{8,20}\.png|samples-[0-9]{8,20}-[0-9]{8,20}\.npz")
 FOLDER = re.compile(r"[0-9]{8,20}")

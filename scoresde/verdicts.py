@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from . import resume, sums
+from .resume import MEND
 
 __all__ = ["begin", "check_finite", "finish"]
 
-MEND = "choose another --out, or pass --overwrite to start afresh"
 STATISTICS = ("samples.npz", "reference.npz")
 FILES = ("summary.json", *STATISTICS, "settings.json")  # in the order in which they go
 OURS = {*FILES, "units", resume.WRITING, ".lock", ".shared"}
