@@ -1,8 +1,11 @@
+import os
+
 import pytest
 import torch
 from ranks import Ranks
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: sums of another number of threads have other bits
 
 
 def _ranks(world):
