@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import platform
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import checkpoint
 from .denoiser import Preconditioned
 from .store import MENDS, SaveError
 
-__all__ = ["DeviceError", "check_device", "loaded", "opened", "outcome", "place", "said", "tag", "warn"]
+__all__ = ["DeviceError", "check_device", "given", "loaded", "opened", "outcome", "place", "ran", "said", "tag", "versions", "warn"]
 
 
 class DeviceError(ValueError):
@@ -41,6 +44,11 @@ def warn(text: str, *, own: bool = False) -> None:
     """A line on stderr, for what does not end a run; of many processes the first says it, of what is their own each."""
     if own or place()[0] == 0:
         print(f"scoresde: {tag() if own else ''}{text}", file=sys.stderr)
+
+
+def given(settings: object, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the settings that are not left open."""
+    return {name: value for name in names if (value := getattr(settings, name)) is not None}
 
 
 def check_device(device: str) -> str:
@@ -105,3 +113,22 @@ def outcome(result: Callable[[], Any], piece: str) -> Any:
         raise RuntimeError(f"a worker process was killed, for want of memory perhaps: {mend}") from error
     except Exception as error:
         raise RuntimeError(f"{piece}: {type(error).__name__}: {said(error)}") from error
+
+
+# --- what a summary says of its making -----------------------------------------------------------------------------------
+def versions() -> dict[str, str]:
+    """Of the programs that decide the bits of what is computed."""
+    from . import __version__
+
+    return {"scoresde": __version__, "torch": torch.__version__}
+
+
+def ran(started: float, computed: int, processes: int, world: int, device: str) -> dict[str, Any]:
+    """All versions, and how a run that began at `time.perf_counter()` = started has gone: nothing here decides a number."""
+    return {
+        "versions": {**versions(), "numpy": np.__version__, "python": platform.python_version()},
+        "run": {
+            "seconds": round(time.perf_counter() - started, 1), "computed": computed, "processes": processes, "world": world,
+            "device": f"{device} ({platform.machine()}, {platform.system()})",
+        },
+    }  # fmt: skip

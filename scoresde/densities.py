@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from . import divergence as divergences
 from . import figures, images, resume
 from .bits import Dequantization, Importance, Quantized, TruncatedNormal, Uniform, bits_per_dim
 from .checks import NonFiniteError, check_count
-from .command import check_device, loaded, opened, warn
+from .command import check_device, given, loaded, opened, ran, versions, warn
 from .denoiser import Preconditioned
 from .divergence import Divergence
 from .filling import Begun, Filling, Piece, admit, begin, together
@@ -84,7 +83,7 @@ class Settings:
         return replace(self, **{key: getattr(cells, key) for key in ENDS})
 
     def _cells(self, known: Mapping[str, Any]) -> Quantized:
-        return Quantized(**{**known, **{key: getattr(self, key) for key in ENDS if getattr(self, key) is not None}})
+        return Quantized(**{**known, **given(self, ENDS)})
 
     @property
     def solver(self) -> Solver | None:
@@ -135,8 +134,6 @@ def _pinned(
     config: Mapping[str, Any], data: images.Images, settings: Settings, model: Preconditioned, shape: torch.Size
 ) -> dict[str, Any]:
     """What may not change between the runs that make one table; where and how fast they run may."""
-    from . import __version__
-
     divergence = divergence_of(settings.divergence, shape)
     budget: dict[str, Any] = {"nfe": settings.nfe, "steps": settings.steps, "times": None, "grid": None}
     solver, times = likelihood_plan(model.sde, settings.solver, divergence, **budget)
@@ -146,7 +143,7 @@ def _pinned(
         "dequantization": repr(settings.draws), "samples": settings.samples, "divergence": repr(divergence),
         "solver": repr(solver), "steps": None if solver.adaptive else len(times) - 1, "batch": settings.batch,
         "seed": settings.seed, "seeds": "image i has the seed 2^32 seed + i", "dtype": settings.dtype,
-        "device": torch.device(settings.device).type, "versions": {"scoresde": __version__, "torch": torch.__version__},
+        "device": torch.device(settings.device).type, "versions": versions(),
     }  # fmt: skip
 
 
@@ -254,11 +251,7 @@ def run(
         more = {
             **asked, "log_det": shape.numel() * settings.cells.log_det, **pinned,
             "t_min": float(model.sde.t_min), "checkpoint": str(folder), "data": str(data.resolve()),
-            "versions": {**pinned["versions"], "numpy": np.__version__, "python": platform.python_version()},
-            "run": {
-                "seconds": round(time.perf_counter() - started, 1), "computed": computed, "processes": processes, "world": group.world,
-                "device": f"{settings.device} ({platform.machine()}, {platform.system()})",
-            },
+            **ran(started, computed, processes, group.world, settings.device),
         }  # fmt: skip
         panel = {"problem": data.name, "images": config["sde"]["name"]}
         found = group.by_first(lambda: _end(pages, settings, panel, more, group))

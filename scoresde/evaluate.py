@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import platform
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from . import data, datasets, reports, resume, sums, verdicts
 from .bits import Quantized
 from .checks import check_count
-from .command import check_device
+from .command import check_device, given, ran, versions
 from .metrics import Features, Gaussian, Statistics, frechet_terms, to_npz
 from .metrics.frechet import check_covariance
 from .parallel import ALONE, Elsewhere, Group
@@ -72,7 +71,7 @@ class Settings:
 
     def cells(self, levels: int) -> Quantized:
         """Of integers with so many levels."""
-        return Quantized(levels, -1.0 if self.low is None else self.low, 1.0 if self.high is None else self.high)
+        return Quantized(levels, **given(self, ("low", "high")))
 
 
 def _fitted(settings: Settings, pair: Pair) -> Settings:
@@ -265,8 +264,6 @@ class Compared:
 
 
 def _compared(samples: str, reference: str, settings: Settings, group: Group) -> Compared:
-    from . import __version__
-
     for cache in (opened, _stream, _features):
         cache.cache_clear()
     with group.in_turn():  # the first of a machine fetches what is not there
@@ -292,7 +289,7 @@ def _compared(samples: str, reference: str, settings: Settings, group: Group) ->
         "samples_sha256": hashes[0], "reference_sha256": hashes[1], "summed": {"samples": n, "reference": m, "floor": floor},
         "features": {"name": name, "sha256": sha256, "dim": dim}, "low": settings.low, "high": settings.high,
         "batch": settings.batch, "unit": UNIT, "device": torch.device(settings.device).type,
-        "versions": {"scoresde": __version__, "torch": torch.__version__},
+        "versions": versions(),
     }  # fmt: skip
     text = json.dumps(pinned, sort_keys=True)
     group.agree("the data, or in settings or versions", f"{probes} {text}")
@@ -301,7 +298,7 @@ def _compared(samples: str, reference: str, settings: Settings, group: Group) ->
     return Compared(pair, hashes, facts, pinned, job)
 
 
-def _summary(of: Compared, made: sums.Sums, out: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(of: Compared, made: sums.Sums, out: Path, how: Mapping[str, Any]) -> dict[str, Any]:
     """Of the sums of all units; written last, after the files of what was summed."""
     n, m = of.counts
     parts = (made["floor"], made["rest"]) if m else None
@@ -317,8 +314,7 @@ def _summary(of: Compared, made: sums.Sums, out: Path, ours: Mapping[str, Any]) 
         if isinstance(each := of.pair[i], Stream):
             found[role] |= {"shape": list(each.shape), "levels": each.levels, "seeds": each.seeds}
             write_file(out / f"{role}.npz", to_npz(both[i], **of.facts[i], data_sha256=of.hashes[i]), out / resume.WRITING)
-    versions = {**of.pinned["versions"], "numpy": np.__version__, "python": platform.python_version()}
-    return verdicts.finish(out, {**found, **of.pinned, "versions": versions, "run": dict(ours)})
+    return verdicts.finish(out, {**found, **of.pinned, **how})
 
 
 def _check_unchanged(job: Job, out: Path, group: Group) -> None:
@@ -379,13 +375,8 @@ def run(
 
         _check_unchanged(job, out, group)
 
-        def finish() -> dict[str, Any]:
-            seconds = round(time.perf_counter() - started, 1)
-            ours = {"seconds": seconds, "computed": len(missing), "processes": processes, "world": group.world}
-            machine = f"{job.settings.device} ({platform.machine()}, {platform.system()})"
-            return _summary(of, first[0].sums, out, {**ours, "device": machine})
-
-        found = group.by_first(finish)
+        how = ran(started, len(missing), processes, group.world, job.settings.device)
+        found = group.by_first(lambda: _summary(of, first[0].sums, out, how))
     if group.first:
         say(_words(found, out))
     return found

@@ -200,9 +200,8 @@ class Filling:
             return
         page, segments = piece.page, []
         if self.group.world == 1:
-            table = self.tables.pop(page)
-            table.sort()
-            rows = table.rows
+            rows = self.tables.pop(page).rows
+            self.pages.write(rows, page, self.run)
             del self.counts[f"{page}/done"]
         else:
             rows, segments = self._home(page)

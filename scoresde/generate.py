@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,9 +27,10 @@ from torch import Tensor
 from . import figures, resume, solvers
 from .bits import Quantized
 from .checks import NonFiniteError, check_count
-from .command import check_device, loaded, opened, warn
+from .command import check_device, given, loaded, opened, ran, versions, warn
 from .denoiser import Preconditioned
 from .filling import Begun, Filling, admit, begin, together
+from .images import is_picture
 from .linear import LinearSDE
 from .pages import PATIENCE, Facts, Pages, guarded
 from .parallel import ALONE, Group
@@ -131,22 +131,21 @@ class Settings:
     @property
     def cells(self) -> Quantized | None:
         """Of the images; None: floats."""
-        low, high = (-1.0 if self.low is None else self.low), (1.0 if self.high is None else self.high)
-        return None if self.levels is None else Quantized(self.levels, low, high)
+        return None if self.levels is None else Quantized(self.levels, **given(self, ("low", "high")))
 
     def plan(self, sde: LinearSDE, shape: Sequence[int]) -> tuple[Solver, Tensor]:
         """Solver and times for events of this shape; ValueError where the budget does not fit the solver."""
-        given = NFE if self.nfe is None and self.steps is None else self.nfe
+        budget = NFE if self.nfe is None and self.steps is None else self.nfe
         if self.solver is None:
-            solver = default_solver(given or (self.steps or 0) + 1, math.prod(shape))  # the final mean is one
+            solver = default_solver(budget or (self.steps or 0) + 1, math.prod(shape))  # the final mean is one
         else:
             solver = parse_solver(self.solver)
-        nfe = self.nfe if solver.adaptive else given
+        nfe = self.nfe if solver.adaptive else budget
         return solver, plan(sde, solver, nfe=nfe, steps=self.steps, times=None, grid=None, extra=1)
 
     def fitted(self, data: Mapping[str, Any], shape: Sequence[int], classes: int) -> Settings:
         """With nothing left open but subdirs, for a model trained on such data; refuses what does not fit it."""
-        image = len(shape) == 3 and shape[0] in (1, 3)
+        image = is_picture(shape)
         levels = self.levels if image else None
         format = self.format or ("png" if levels is not None and levels <= 256 else "npz")
         if format == "png" and not image:
@@ -158,8 +157,7 @@ class Settings:
         if isinstance(self.labels, int) and self.labels >= classes:
             raise ValueError(f"labels is {self.labels}; the model has classes 0 .. {classes - 1}")
         ends = {"low": data.get("low", -1.0), "high": data.get("high", 1.0)}
-        given = {name: end if getattr(self, name) is None else getattr(self, name) for name, end in ends.items()}
-        return replace(self, levels=levels, format=format, **(dict.fromkeys(ends) if levels is None else given))
+        return replace(self, levels=levels, format=format, **(dict.fromkeys(ends) if levels is None else ends | given(self, ends)))
 
     def label(self, seed: int, classes: int) -> int:
         """Of a seed; -1: none."""
@@ -239,14 +237,12 @@ def _grid(out: Path, settings: Settings, shape: Sequence[int], seeds: Sequence[i
 # --- the whole -----------------------------------------------------------------------------------------------------------
 def _pinned(config: Mapping[str, Any], sha256: str, settings: Settings, solver: Solver, times: Tensor) -> dict[str, Any]:
     """What may not change between the runs that fill one folder; where and how fast they run may."""
-    from . import __version__
-
     return {
         "checkpoint_sha256": sha256, **{name: config[name] for name in ("sde", "parameterization", "net")},
         "solver": repr(solver), "steps": None if solver.adaptive else len(times) - 1,
         "labels": settings.labels, "levels": settings.levels, "low": settings.low, "high": settings.high, "format": settings.format,
         "subdirs": settings.subdirs, "batch": settings.batch, "dtype": settings.dtype,
-        "device": torch.device(settings.device).type, "versions": {"scoresde": __version__, "torch": torch.__version__},
+        "device": torch.device(settings.device).type, "versions": versions(),
     }  # fmt: skip
 
 
@@ -367,11 +363,7 @@ def run(
         more = {
             "seeds": str(settings.seeds), "shape": list(shape), **pinned, "t_min": float(model.sde.t_min), "checkpoint": str(folder),
             "weights": settings.weights,
-            "versions": {**pinned["versions"], "numpy": np.__version__, "python": platform.python_version()},
-            "run": {
-                "seconds": round(time.perf_counter() - started, 1), "computed": computed, "processes": processes, "world": group.world,
-                "device": f"{settings.device} ({platform.machine()}, {platform.system()})",
-            },
+            **ran(started, computed, processes, group.world, settings.device),
         }  # fmt: skip
         found = group.by_first(lambda: _end(filling.pages, settings, shape, more, group))
     if group.first:

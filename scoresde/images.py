@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Images", "files_of", "gathered", "load", "mapped", "picture", "survey"]
+__all__ = ["Images", "files_of", "gathered", "is_picture", "load", "mapped", "picture", "survey"]
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # of PIL: what 8-bit RGB and alpha hold without loss
 GREY = ("1", "L", "LA")
@@ -42,6 +42,11 @@ class Images:
                 )
             largest = max(largest, int(part.max(initial=0)))
         return largest
+
+
+def is_picture(shape: Sequence[int]) -> bool:
+    """Whether samples of this shape are grey or RGB images."""
+    return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def load(path: Path, shape: Sequence[int]) -> Images:
@@ -115,7 +120,7 @@ class _Nameless(Sequence[str]):
 
 # --- a folder of image files ---------------------------------------------------------------------------------------------
 def _folder(path: Path, shape: tuple[int, ...]) -> Images:
-    if len(shape) != 3 or shape[0] not in (1, 3):
+    if not is_picture(shape):
         raise ValueError(f"image files have 1 or 3 channels, the network wants {list(shape)}; save the data as .npy [N, *shape]")
     files, _ = gathered(path)
     names = [file.relative_to(path).as_posix() for file in files]

@@ -300,9 +300,8 @@ class Pages:
         run: a name for this one; files: whether the files are there of a part that is recorded, asked in a job of up to 20 pages.
         """
         (self.folder / ROWS).mkdir(exist_ok=True)
-        (self.folder / ROWS / RUN).write_text(
-            run
-        )  # first: who is left of another run writes no more, and what it has under way goes
+        # First: who is left of another run writes no more, and what it has under way goes.
+        (self.folder / ROWS / RUN).write_text(run)
         shutil.rmtree(self.folder / WRITING, ignore_errors=True)
         (self.folder / WRITING).mkdir(exist_ok=True)
         look = self.numbers.count <= LOOKED
@@ -340,9 +339,10 @@ class Pages:
         write_file(self.path(page), [head, *parts], self.folder / WRITING)
 
     def write(self, rows: Mapping[int, Row], page: int, run: str = "") -> None:
-        """The file of a page, whole or not at all, by this run."""
-        data = text_of([self.columns, *(rows[i] for i in sorted(rows))])
-        write_file(self.path(page), guarded(data, self.folder, run), self.folder / WRITING)
+        """The file of a page in the order of the indices, whole or not at all, by this run; one that is so already stays."""
+        path, data = self.path(page), text_of([self.columns, *(rows[i] for i in sorted(rows))])
+        if not path.exists() or path.read_bytes() != data:
+            write_file(path, guarded(data, self.folder, run), self.folder / WRITING)
 
     def sums(self, patience: int = 1) -> tuple[Facts, str]:
         """The facts of all that is asked for, and one SHA-256: of a page as it would be with these rows alone, of several of their list.

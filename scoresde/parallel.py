@@ -84,18 +84,16 @@ class Group:
     # --- collective --------------------------------------------------------------------------------------------------------
     def numbers(self, *values: int) -> list[list[int]]:
         """The numbers of every process, by rank."""
-        if self.world == 1:
-            return [list(values)]
-        mine = torch.tensor(values, dtype=torch.int64)
-        found = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(found, mine)
-        return [each.tolist() for each in found]
+        return self._gathered(values, torch.int64)
 
     def reals(self, *values: float) -> list[list[float]]:
         """The same of float64."""
+        return self._gathered(values, torch.float64)
+
+    def _gathered(self, values: tuple[Any, ...], dtype: torch.dtype) -> list[list[Any]]:
         if self.world == 1:
             return [list(values)]
-        mine = torch.tensor(values, dtype=torch.float64)
+        mine = torch.tensor(values, dtype=dtype)
         found = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(found, mine)
         return [each.tolist() for each in found]

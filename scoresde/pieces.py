@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["cut", "in_pieces", "local", "whole"]
+__all__ = ["cut", "cut_state", "in_pieces", "local", "raw", "whole"]
 
 
 def in_pieces(value: Any) -> bool:
@@ -37,3 +39,13 @@ def cut(value: Tensor, like: Tensor) -> Tensor:
     split = distribute_tensor(value, known.device_mesh, known.placements, src_data_rank=None)
     piece = split.to_local().clone()  # else it holds the memory of the whole
     return DTensor.from_local(piece, known.device_mesh, known.placements, run_check=False, shape=value.shape, stride=value.stride())
+
+
+def cut_state(state: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
+    """What an optimizer keeps of a parameter, its moments in pieces as the parameter is."""
+    return {k: cut(v, like) if isinstance(v, Tensor) and v.shape == like.shape else v for k, v in state.items()}
+
+
+def raw(value: Tensor) -> memoryview:
+    """The bytes of a tensor that is in one piece, for a hash."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

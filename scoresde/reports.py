@@ -16,6 +16,7 @@ from . import figures, store
 from .bits import Quantized
 from .codec import from_tensors, to_json, to_tensors
 from .denoiser import Denoiser
+from .images import is_picture
 from .metrics import Features, ModuleFeatures, Statistics, classifier, frechet_distance, train_classifier
 from .parallel import ALONE, Group
 from .sample import sample
@@ -147,11 +148,6 @@ class Scorer:
         """What the number depends on."""
         features = {"name": self.features.name, "sha256": self.features.sha256}
         return {"samples": self.count, "features": features, "reference": len(self.reference), "floor": floor, **facts}
-
-
-def is_picture(shape: Sequence[int]) -> bool:
-    """Whether samples of this shape are grey or RGB images."""
-    return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def show(path: Path, x: Tensor, data: Callable[[], Tensor], scale: Scale, columns: int) -> None:

@@ -124,12 +124,6 @@ class Table:
         extend(self.path, self.columns, text)
         self.rows.update((int(row[0]), row) for row in text)
 
-    def sort(self) -> None:
-        """Write the file anew in the order of the numbers, whole or not at all."""
-        data = text_of([self.columns, *(self.rows[i] for i in sorted(self.rows))])
-        if not self.path.exists() or self.path.read_bytes() != data:
-            write_file(self.path, data, self.path.parent / WRITING)
-
 
 # --- processes -----------------------------------------------------------------------------------------------------------
 

@@ -261,11 +261,10 @@ def run(
 
 def _agree(config: Config, group: Group) -> None:
     """ValueError that says in what the configurations of the processes differ."""
-    mine, *others = (_flat(tree_of(config)), *group.objects(_flat(tree_of(config))))
-    differ = [
-        key for key in {k: None for each in others for k in each} if any(each.get(key) != others[0].get(key) for each in others)
-    ]
-    group.agree("the configuration", "; ".join(f"{key}: {mine.get(key)}" for key in differ))
+    every = group.objects(_flat(tree_of(config)))
+    keys = {k: None for each in every for k in each}
+    differ = [key for key in keys if any(each.get(key) != every[0].get(key) for each in every)]
+    group.agree("the configuration", "; ".join(f"{key}: {every[group.rank].get(key)}" for key in differ))
 
 
 def _open(config: Config, folder: Path, overwrite: bool) -> Path | None:

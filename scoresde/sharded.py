@@ -27,7 +27,7 @@ from .denoiser import Denoiser, Preconditioned
 from .loss import Objective, Weight
 from .objectives import TWICE
 from .parallel import Elsewhere, Group
-from .pieces import cut, in_pieces, local
+from .pieces import cut, cut_state, in_pieces, local, raw
 from .training import Training
 
 __all__ = ["Share", "Together", "check_once", "shard"]
@@ -107,10 +107,7 @@ def _exchange(optimizer: torch.optim.Optimizer, new: dict[int, nn.Parameter]) ->
         found = [new.get(id(p), p) for p in group["params"]]
         for i, old in enumerate(group["params"]):
             if old in optimizer.state and found[i] is not old:
-                state = optimizer.state.pop(old)
-                optimizer.state[found[i]] = {
-                    k: cut(v, found[i]) if isinstance(v, Tensor) and v.shape == old.shape else v for k, v in state.items()
-                }
+                optimizer.state[found[i]] = cut_state(optimizer.state.pop(old), found[i])
         group["params"][:] = found
 
 
@@ -325,5 +322,5 @@ def _key(*values: Tensor | None) -> int:
     found = hashlib.blake2b(digest_size=7)
     for value in values:
         if value is not None:
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            found.update(raw(value))
     return int.from_bytes(found.digest(), "big") + 1

@@ -14,7 +14,7 @@ from .checks import check_callable, check_count, shape_of
 from .denoiser import Denoiser, Preconditioned, check_denoiser
 from .ema import EMA
 from .loss import Objective, dsm_loss
-from .pieces import cut, in_pieces, local, whole
+from .pieces import cut, cut_state, in_pieces, local, raw, whole
 
 __all__ = ["Training"]
 
@@ -123,7 +123,7 @@ class Training:
         moments = [v for each in self.optimizer.state.values() for v in each.values()]
         for v in [*(v for module in self._modules().values() for v in module.state_dict().values()), *moments]:
             if isinstance(v, Tensor) and not in_pieces(v):
-                found.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                found.update(raw(v))
         return found.hexdigest()
 
     def state(self) -> dict[str, Any]:
@@ -180,9 +180,7 @@ class Training:
         """The state of an optimizer, each moment in pieces where its parameter is."""
         numbers = [n for group in optimizer["param_groups"] for n in group["params"]]
         of = dict(zip(numbers, self.parameters, strict=True))
-        like = lambda v, p: isinstance(v, Tensor) and v.shape == p.shape
-        state = {n: {k: cut(v, of[n]) if like(v, of[n]) else v for k, v in each.items()} for n, each in optimizer["state"].items()}
-        return {**optimizer, "state": state}
+        return {**optimizer, "state": {n: cut_state(each, of[n]) for n, each in optimizer["state"].items()}}
 
 
 def _gathered(value: Any) -> Any:

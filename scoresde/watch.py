@@ -18,6 +18,7 @@ from .choices import build
 from .command import warn
 from .data import split
 from .denoiser import Preconditioned
+from .images import is_picture
 from .job import Job, spread
 from .logs import Log
 from .reports import Scorer
@@ -40,7 +41,7 @@ class Watch:
         self.classes = job.source.classes if job.config.data.conditional else 0
         every = job.config.every
         if every.sample:
-            module = "PIL" if reports.is_picture(self.shape) else "matplotlib"
+            module = "PIL" if is_picture(self.shape) else "matplotlib"
             if importlib.util.find_spec(module) is None:
                 raise ModuleNotFoundError("every.sample draws pictures: pip install 'scoresde[plots]', or set it to 0")
         if every.fid:

@@ -177,20 +177,13 @@ def sampled(tmp_path_factory):
     checkpoint.save(folder / "images", s.Preconditioned(s.MLP((1, 4, 4), width=8, depth=1, emb=4), s.VP()))
     checkpoint.save(folder / "vectors", s.Preconditioned(s.MLP(5, width=8, depth=1, emb=4), s.VP()))
     for name, more in (("images", ["--low", "-2", "--levels", "17"]), ("vectors", [])):
-        words = [
-            "sample",
-            str(folder / name),
-            "--seeds",
-            "3-9,20-24",
-            "--nfe",
-            "3",
-            "--batch",
-            "4",
-            "--out",
-            str(folder / f"{name}-out"),
-        ]
-        assert cli.main([*words, *more]) == 0
+        assert drawn(folder / name, folder / f"{name}-out", *more) == 0
     return folder
+
+
+def drawn(model, out, *more):
+    """The status of the command."""
+    return cli.main(["sample", str(model), *["--seeds", "3-9,20-24", "--nfe", "3", "--batch", "4", "--out"], str(out), *more])
 
 
 def test_folders_of_samples(sampled, there, capsys):
@@ -606,27 +599,7 @@ def test_samples_that_were_replaced_or_damaged_are_named(sampled, there):
             run("v", "a.npy", "2")
         assert "pickle" not in str(caught.value)
     path.unlink()
-    assert (
-        cli.main(
-            [
-                "sample",
-                str(sampled / "images"),
-                "--seeds",
-                "3-9,20-24",
-                "--nfe",
-                "3",
-                "--batch",
-                "4",
-                "--out",
-                "s",
-                "--low",
-                "-2",
-                "--levels",
-                "17",
-            ]
-        )
-        == 0
-    )
+    assert drawn(sampled / "images", "s", "--low", "-2", "--levels", "17") == 0
     assert run("s", "17.npy", "3")["samples"]["count"] == 12
 
 

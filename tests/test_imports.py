@@ -35,7 +35,7 @@ ARROWS = {
     "data": {"datasets", "sources", "philox", "checks"},
     "philox": set(),
     "nets": {"checks"},
-    "metrics": {"checks"},
+    "metrics": {"checks", "pieces"},
     "linear": {"checks"},
     "noise": {"checks", "philox"},
     "sde": {"linear", "checks"},

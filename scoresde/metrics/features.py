@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from scoresde.pieces import raw
+
 __all__ = ["Features", "ModuleFeatures"]
 
 
@@ -89,5 +91,5 @@ def _sha256(state: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(raw(value))
     return digest.hexdigest()
